@@ -1,0 +1,201 @@
+"""The interface between lockd and the way in which hosts agree on locks, and how such backends are found.
+
+A backend is one async object in lockd for each mounted share.  lockd alone calls it, and knows the
+holders on this host; the backend knows other hosts.  Calls for one image never overlap; calls for
+different images do.  A backend does storage I/O in worker threads only, never on the event loop.
+
+A backend package announces itself by an entry point of the group ``lockfs.backends`` that names a `Spec`.
+The module of the spec is imported by the mount helper to check options, so it must be light; what it loads with
+`Spec.load` may be as heavy as it likes.
+"""
+
+from __future__ import annotations
+
+import enum
+import errno
+import importlib
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Protocol, cast
+
+from lockfs.errors import LockfsError, LockUnavailable, UsageError
+
+if TYPE_CHECKING:
+    from lockfs.options import Option
+
+ENTRY_POINTS = "lockfs.backends"
+
+
+class Mode(enum.Enum):
+    """How an image is locked: by one owner, or by any number that know of each other (or only read)."""
+
+    SHARED = "shared"
+    EXCLUSIVE = "exclusive"
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """One image as a backend sees it.
+
+    `fd` is an open file description of its own, open for writing where the storage allows it, that stays
+    open as long as the lock is held; a lock that belongs to an open file description may be put on it.
+    `dev` and `ino` are those of the storage as this host sees it.  `relative` is the path below the source, `path` the
+    path that programs use (mountpoint and all); both are bytes.
+    """
+
+    fd: int
+    dev: int
+    ino: int
+    relative: bytes
+    path: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """Who holds an image, as far as anybody can tell.  `since` is wall-clock time, for people; `token` a fencing token."""
+
+    host: str
+    mode: Mode
+    pid: int = 0
+    command: str = ""
+    vm: str = ""
+    since: float = 0.0
+    path: str = ""
+    token: int | None = None
+
+    def __str__(self) -> str:
+        who = [f"host {self.host}"]
+        if self.pid:
+            who.append(f"process {self.pid}" + (f" ({self.command})" if self.command else ""))
+        elif self.command:
+            who.append(self.command)
+        if self.vm:
+            who.append(f"VM {self.vm}")
+        return ", ".join(who)
+
+
+UNKNOWN_HOST = "unknown"
+
+
+class Busy(LockfsError):
+    """Another host holds the image in a mode that excludes the one asked for; nothing was granted."""
+
+    errno = errno.EBUSY
+
+    def __init__(self, holder: Holder) -> None:
+        super().__init__(f"held by {holder}")
+        self.holder = holder
+
+
+@dataclass(slots=True)
+class Grant:
+    """A lock that the backend has granted to this host.
+
+    `keep` lists descriptors that must stay open as long as the lock is wanted, for whoever shares in keeping it;
+    they belong to the backend.  `token` grows with each change of holder, where the backend has such a number.
+    """
+
+    image: Image
+    mode: Mode
+    token: int | None = None
+    keep: Sequence[int] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """One host that shares locks: its name, its state (``live``, ``failing``, ``dead``, ``free``) and when it was last seen."""
+
+    name: str
+    state: str
+    last_seen: float | None = None
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What a backend is given: the share, the options of its own table, and the name of this host.
+
+    `source_fd` is a directory descriptor of the share's top, `source` its path for messages, `fstype` and
+    `fsoptions` how the storage is mounted on this host.
+    """
+
+    source_fd: int
+    source: bytes
+    mountpoint: bytes
+    fstype: str
+    fsoptions: Mapping[str, str]
+    host: str
+    options: Mapping[str, object]
+    run_dir: str
+
+
+class Backend(Protocol):
+    """What lockd asks of a backend.  Every method may raise `LockUnavailable`: the lock service cannot say."""
+
+    excludes: bool
+    """False for a backend that grants everything; then lockd refuses nobody on this host either."""
+
+    async def start(self) -> None:
+        """Check that the share can keep the promise, and begin.  Raises `LockfsError` if it cannot."""
+
+    async def stop(self) -> None:
+        """End.  All grants were released before."""
+
+    async def acquire(self, image: Image, mode: Mode, holder: Holder) -> Grant:
+        """Take the lock, without waiting for another host.  Raises `Busy` if one has it.
+
+        *holder* is what other hosts may be told about who is going to hold it.
+        """
+
+    async def convert(self, grant: Grant, mode: Mode, holder: Holder) -> None:
+        """Change the mode of a grant.  Raises `Busy` and changes nothing if another host is in the way."""
+
+    async def release(self, grant: Grant) -> None:
+        """Give the lock back.  Afterwards another host gets it at once."""
+
+    async def inspect(self, image: Image) -> Holder | None:
+        """Say which other host holds the image; None if none does.  Never takes a lock."""
+
+    async def hosts(self) -> Sequence[Host]:
+        """List the hosts that share locks, as far as the backend knows."""
+
+    def lost(self) -> AsyncIterator[Grant]:
+        """Yield each grant that is no longer safe to write under.  Never ends before `stop`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """A backend as its entry point names it: light enough for the mount helper to import.
+
+    `factory` is ``module:callable``; the callable takes a `Context` and returns a `Backend`.
+    """
+
+    name: str
+    summary: str
+    factory: str
+    options: Sequence[Option] = field(default=())
+
+    def load(self, context: Context) -> Backend:
+        """Import the backend and make one for a share."""
+        module, _, attribute = self.factory.partition(":")
+        return cast(Backend, getattr(importlib.import_module(module), attribute)(context))
+
+
+def installed() -> dict[str, str]:
+    """Return the names of all installed backends, with the entry point of each."""
+    return {point.name: point.value for point in entry_points(group=ENTRY_POINTS)}
+
+
+def find(name: str) -> Spec:
+    """Return the spec of the backend *name*.  Raises `UsageError`, which lists the installed ones."""
+    for point in entry_points(group=ENTRY_POINTS, name=name):
+        return cast(Spec, point.load())
+    names = ", ".join(sorted(installed())) or "none"
+    raise UsageError(f"unknown backend '{name}'", hint=f"Installed backends: {names}.")
+
+
+__all__ = [
+    "UNKNOWN_HOST", "Backend", "Busy", "Context", "Grant", "Holder", "Host", "Image", "LockUnavailable", "Mode",
+    "Spec", "find", "installed",
+]  # fmt: skip

@@ -1,0 +1,62 @@
+"""Every error that lockfs raises on purpose, with the errno a caller of the mount sees and the exit code of a command.
+
+An error says what failed and on what; `hint` says what to do next.  Exit codes are those of mount(8), so that
+the mount helper and the `lockfs` command speak alike; none is used for two things.
+"""
+
+from __future__ import annotations
+
+import errno
+
+EXIT_OK = 0
+EXIT_USAGE = 1
+"""Wrong words on the command line, or missing rights (mount(8): incorrect invocation or permissions)."""
+EXIT_SYSTEM = 2
+"""Something that lockfs needs from the system is missing or failed (mount(8): system error)."""
+EXIT_HELD = 4
+"""`lockfs who` was asked with --check and the image is held."""
+EXIT_MOUNT = 32
+"""The mount failed (mount(8): mount failure)."""
+
+
+class LockfsError(Exception):
+    """The base of them all.
+
+    `errno` is what a system call on the mount would return, `exit_code` what a command ends with.
+    """
+
+    errno: int = errno.EIO
+    exit_code: int = EXIT_SYSTEM
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message}\n{self.hint}" if self.hint else self.message
+
+
+class UsageError(LockfsError):
+    """An option, an argument or a call that cannot be right."""
+
+    errno = errno.EINVAL
+    exit_code = EXIT_USAGE
+
+
+class MountError(LockfsError):
+    """A mount that cannot keep its promise, and so does not come up."""
+
+    exit_code = EXIT_MOUNT
+
+
+class SystemError_(LockfsError):
+    """Something missing on this host: rights, a device, a program."""
+
+    exit_code = EXIT_SYSTEM
+
+
+class LockUnavailable(LockfsError):
+    """The lock service cannot say who holds an image; nothing was granted."""
+
+    errno = errno.ENOLCK

@@ -1,0 +1,1 @@
+"""How the parts of lockfs talk: varlink over a Unix socket, with descriptors riding along."""

@@ -1,0 +1,223 @@
+"""What is said on lockd's socket, as types.  `io.lockfs.Lockd.varlink` is the same for any varlink client.
+
+Paths and names are in the text form of `lockfs.text`.  Times are seconds since 1970, for people.
+A parameter named ``fd`` or ``*_fd`` is the index of a descriptor that was sent with the message.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from lockfs.backend import Holder, Mode
+
+INTERFACE = "io.lockfs.Lockd"
+ModeName = Literal["shared", "exclusive"]
+
+
+class Owner(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Who opens: `key` says who is the same owner, the rest is for people."""
+
+    key: str
+    pid: int = 0
+    command: str = ""
+    vm: str = ""
+    uid: int = 0
+
+
+class Image(msgspec.Struct, frozen=True):
+    """An image as the mount daemon sees it: identity, path below the source, path that programs use."""
+
+    dev: int
+    ino: int
+    relative: str
+    path: str
+
+
+class Mount(msgspec.Struct, frozen=True):
+    """A mount, as its daemon registers it."""
+
+    source: str
+    mountpoint: str
+    backend: str
+    options: dict[str, str] = {}
+
+
+class HolderInfo(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Who holds an image.  `here` is true if it is this host."""
+
+    host: str
+    mode: ModeName
+    pid: int = 0
+    command: str = ""
+    vm: str = ""
+    since: float = 0.0
+    path: str = ""
+    token: int | None = None
+    here: bool = False
+
+    @classmethod
+    def of(cls, holder: Holder, *, here: bool = False) -> HolderInfo:
+        """Make the message form of what a backend said."""
+        return cls(
+            host=holder.host,
+            mode=holder.mode.value,
+            pid=holder.pid,
+            command=holder.command,
+            vm=holder.vm,
+            since=holder.since,
+            path=holder.path,
+            token=holder.token,
+            here=here,
+        )
+
+    def holder(self) -> Holder:
+        """Return the same as the backend interface has it."""
+        return Holder(
+            host=self.host,
+            mode=Mode(self.mode),
+            pid=self.pid,
+            command=self.command,
+            vm=self.vm,
+            since=self.since,
+            path=self.path,
+            token=self.token,
+        )
+
+
+class LockInfo(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One lock that this host holds, with all its owners here."""
+
+    source: str
+    mountpoint: str
+    image: Image
+    mode: ModeName
+    since: float
+    backend: str
+    owners: list[HolderInfo]
+    token: int | None = None
+
+
+class MountInfo(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One registered mount."""
+
+    mount_id: str
+    mount: Mount
+    pid: int
+    since: float
+    locks: int
+
+
+# Calls -------------------------------------------------------------------------------------------
+
+
+class Register(msgspec.Struct, frozen=True):
+    """The connection that makes this call is the mount's life line: when it closes, the mount daemon is gone."""
+
+    mount: Mount
+    source_fd: int = 0
+
+
+class Registered(msgspec.Struct, frozen=True):
+    mount_id: str
+    host: str
+    excludes: bool
+
+
+class Acquire(msgspec.Struct, frozen=True):
+    """Take or share a lock.  *wait* is how many seconds a conflict may last before it is refused."""
+
+    mount_id: str
+    image: Image
+    mode: ModeName
+    owner: Owner
+    wait: float = 0.0
+    lock_fd: int = 0
+
+
+class Acquired(msgspec.Struct, frozen=True, omit_defaults=True):
+    """`since` and `token` are those of the lock.  Descriptors that ride along must be kept open while it is held."""
+
+    since: float
+    token: int | None = None
+
+
+class Release(msgspec.Struct, frozen=True):
+    """Give back one hold: the same image, owner and mode as in one earlier `Acquire`."""
+
+    mount_id: str
+    dev: int
+    ino: int
+    mode: ModeName
+    owner: str
+
+
+class Inspect(msgspec.Struct, frozen=True):
+    mount_id: str
+    image: Image
+    lock_fd: int = 0
+
+
+class Inspected(msgspec.Struct, frozen=True):
+    """`holders` is empty if nobody holds the image."""
+
+    holders: list[HolderInfo]
+
+
+class Locks(msgspec.Struct, frozen=True):
+    locks: list[LockInfo]
+
+
+class Status(msgspec.Struct, frozen=True):
+    host: str
+    version: str
+    pid: int
+    run_dir: str
+    since: float
+    mounts: list[MountInfo]
+    locks: int
+
+
+class Event(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One thing that happened: ``acquired``, ``released``, ``refused``, ``lost``, ``mounted``, ``unmounted``."""
+
+    kind: str
+    time: float
+    mountpoint: str = ""
+    image: str = ""
+    mode: str = ""
+    holder: HolderInfo | None = None
+    owner: HolderInfo | None = None
+    reason: str = ""
+
+
+# Errors ------------------------------------------------------------------------------------------
+
+
+class BusyError(msgspec.Struct, frozen=True):
+    """Another owner, here or on another host, holds the image."""
+
+    holder: HolderInfo
+
+
+class UnavailableError(msgspec.Struct, frozen=True):
+    """The lock service cannot say; nothing was granted."""
+
+    reason: str
+
+
+class RefusedError(msgspec.Struct, frozen=True):
+    """A mount cannot be registered: what is wrong with it and what to do."""
+
+    reason: str
+    hint: str = ""
+
+
+class UnknownMountError(msgspec.Struct, frozen=True):
+    mount_id: str
+
+
+class NotHeldError(msgspec.Struct, frozen=True):
+    dev: int
+    ino: int
