@@ -1,0 +1,96 @@
+"""Fixtures of all layers.
+
+A test fails if it leaves a mount, a process, a descriptor or an undeclared warning behind.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
+
+import pytest
+from harness import logs, mounts
+from harness.host import Host, Mount, close_all
+from harness.leaks import Watch
+
+HOSTS = pytest.StashKey[list[Host]]()
+
+
+@pytest.fixture(autouse=True)
+def leaves_nothing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Fail a test that leaves a descriptor or a mount behind.  Set up before all other fixtures of a test."""
+    watch = Watch(tmp_path_factory.getbasetemp())
+    yield
+    if complaints := watch.complaints():
+        pytest.fail("\n".join(complaints), pytrace=False)
+
+
+@pytest.fixture
+def expect_log(leaves_nothing: None) -> logs.Expected:
+    """Declare a log record of level WARNING or above: ``expect_log(pattern, optional=False)``.
+
+    It may be in the log of any host of the test.
+    """
+    return logs.Expected()
+
+
+@pytest.fixture
+def make_host(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, expect_log: logs.Expected
+) -> Iterator[Callable[..., Host]]:
+    """Make hosts: ``make_host(name, **environment)``.  Their mounts and daemons are ended after the test."""
+    if os.geteuid() != 0:
+        pytest.fail("mounting needs root: run the tests as root", pytrace=False)
+    hosts = request.node.stash.setdefault(HOSTS, [])
+
+    def make(name: str = "", **variables: str) -> Host:
+        # A short path: the address of a Unix socket holds 107 bytes.
+        run_dir = tmp_path_factory.mktemp("h")
+        host = Host(name or f"host-{'abcdefgh'[len(hosts) % 8]}", run_dir, variables=variables)
+        hosts.append(host)
+        return host
+
+    yield make
+    if complaints := close_all(hosts, expect_log):
+        pytest.fail("\n".join(complaints), pytrace=False)
+
+
+@pytest.fixture
+def host(make_host: Callable[..., Host]) -> Host:
+    """A host."""
+    return make_host("host-a")
+
+
+@pytest.fixture
+def host_b(make_host: Callable[..., Host]) -> Host:
+    """Another host."""
+    return make_host("host-b")
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Path:
+    """An empty directory to be the source of mounts, on a real filesystem."""
+    directory = tmp_path / "storage"
+    directory.mkdir()
+    if mounts.holding(directory).fstype == "tmpfs":
+        pytest.fail(f"{directory} is on tmpfs; give pytest a --basetemp on a disk", pytrace=False)
+    return directory
+
+
+@pytest.fixture
+def mount(host: Host, storage: Path, tmp_path: Path) -> Mount:
+    """The directory `storage`, mounted with default options on `host`."""
+    return host.mount(storage, tmp_path / "mnt")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Show the logs of the hosts with each failure."""
+    report = yield
+    if report.failed:
+        for each in item.stash.get(HOSTS, []):
+            report.sections.append((f"log of {each.name}", each.log()))
+    return report

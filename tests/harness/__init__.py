@@ -1,0 +1,1 @@
+"""What the tests share: hosts with their daemons and mounts, and checks that nothing is left behind."""

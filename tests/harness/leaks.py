@@ -1,0 +1,33 @@
+"""What a test may leave behind in its own process and below its directory: nothing."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+
+from harness import mounts, processes
+
+
+class Watch:
+    """Remembers this process's open descriptors and the mounts below a directory, to tell what is new."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.descriptors = processes.descriptors()
+        self.mounts = set(mounts.below(directory))
+
+    def complaints(self) -> list[str]:
+        """Return what is new, and unmount what is."""
+        found = []
+        if self._leaked():
+            gc.collect()  # what only a reference cycle keeps open is no leak
+            found += [f"descriptor {fd} was left open: {what}" for fd, what in sorted(self._leaked().items())]
+        for mount in reversed(mounts.below(self.directory)):
+            if mount not in self.mounts:
+                found.append(f"{mount.path} ({mount.fstype}) was left mounted")
+                mounts.umount(mount.path, lazy=True)
+        return found
+
+    def _leaked(self) -> dict[int, str]:
+        now = processes.descriptors()
+        return {fd: what for fd, what in now.items() if self.descriptors.get(fd) != what}
