@@ -190,7 +190,11 @@ def installed() -> dict[str, str]:
 def find(name: str) -> Spec:
     """Return the spec of the backend *name*.  Raises `UsageError`, which lists the installed ones."""
     for point in entry_points(group=ENTRY_POINTS, name=name):
-        return cast(Spec, point.load())
+        try:
+            return cast(Spec, point.load())
+        except (ImportError, AttributeError) as error:
+            hint = f"It is announced as {point.value}: install the package again, or remove it."
+            raise UsageError(f"the backend '{name}' does not load: {error}", hint=hint) from error
     names = ", ".join(sorted(installed())) or "none"
     raise UsageError(f"unknown backend '{name}'", hint=f"Installed backends: {names}.")
 
