@@ -85,6 +85,17 @@ def mount(host: Host, storage: Path, tmp_path: Path) -> Mount:
 
 
 @pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(
+    item: pytest.Item, nextitem: pytest.Item | None
+) -> Generator[None, object, object]:
+    """Stop after a layer (a directory) with failures: they explain those that would follow above it."""
+    result = yield
+    if nextitem and item.session.testsfailed and item.path.parent != nextitem.path.parent:
+        item.session.shouldstop = f"{item.path.parent.name} failed, so the layers above it are not run"
+    return result
+
+
+@pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:

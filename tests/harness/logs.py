@@ -12,7 +12,8 @@ QUIET = ("DEBUG", "INFO")
 
 def read(run_dir: Path) -> str:
     """Return all logs of a host, one file after the other, the older generation first."""
-    files = sorted((run_dir / "log").glob("*.log*"), key=lambda path: (path.name.removesuffix(".1"), path.stat().st_mtime))
+    files = list((run_dir / "log").glob("*.log*"))
+    files.sort(key=lambda path: (path.name.removesuffix(".1"), path.stat().st_mtime))
     return "".join(f"--- {path.name}\n{path.read_text(errors='backslashreplace')}" for path in files)
 
 
