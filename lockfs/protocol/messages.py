@@ -2,6 +2,8 @@
 
 Paths and names are in the text form of `lockfs.text`.  Times are seconds since 1970, for people.
 A parameter named ``fd`` or ``*_fd`` is the index of a descriptor that was sent with the message.
+`METHODS` and `ERRORS` list what the interface has; their names on the wire are those of the interface, a
+dot, and the key.
 """
 
 from __future__ import annotations
@@ -113,13 +115,15 @@ class MountInfo(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Register(msgspec.Struct, frozen=True):
-    """The connection that makes this call is the mount's life line: when it closes, the mount daemon is gone."""
+    """The connection that makes this call is the mount's life line: it closes when the mount daemon ends."""
 
     mount: Mount
     source_fd: int = 0
 
 
 class Registered(msgspec.Struct, frozen=True):
+    """`excludes` is false if the backend grants everything."""
+
     mount_id: str
     host: str
     excludes: bool
@@ -137,7 +141,12 @@ class Acquire(msgspec.Struct, frozen=True):
 
 
 class Acquired(msgspec.Struct, frozen=True, omit_defaults=True):
-    """`since` and `token` are those of the lock.  Descriptors that ride along must be kept open while it is held."""
+    """`since` and `token` are those of the lock.
+
+    Descriptors that ride along must be kept open as long as this hold lasts: the lock lives in them too.
+    If the lock is on another descriptor than the one that was sent with the call, that one is the first of
+    them.
+    """
 
     since: float
     token: int | None = None
@@ -153,7 +162,16 @@ class Release(msgspec.Struct, frozen=True):
     owner: str
 
 
+class Released(msgspec.Struct, frozen=True):
+    """Another owner, here or elsewhere, gets the image now unless there are other holds."""
+
+
 class Inspect(msgspec.Struct, frozen=True):
+    """Ask who holds an image; never takes a lock.
+
+    *lock_fd* is open for writing where the storage allows it.
+    """
+
     mount_id: str
     image: Image
     lock_fd: int = 0
@@ -165,8 +183,23 @@ class Inspected(msgspec.Struct, frozen=True):
     holders: list[HolderInfo]
 
 
-class Locks(msgspec.Struct, frozen=True):
+class ListLocks(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Ask for the locks of this host, or for those that follow where an earlier answer ended."""
+
+    after: str = ""
+
+
+class Locks(msgspec.Struct, frozen=True, omit_defaults=True):
+    """As many locks as fit into one message; `next` is the `after` of the call that asks for more, empty at
+    the end.
+    """
+
     locks: list[LockInfo]
+    next: str = ""
+
+
+class GetStatus(msgspec.Struct, frozen=True):
+    pass
 
 
 class Status(msgspec.Struct, frozen=True):
@@ -179,8 +212,15 @@ class Status(msgspec.Struct, frozen=True):
     locks: int
 
 
+class Watch(msgspec.Struct, frozen=True):
+    """Ask for events from now on; one that reads them too slowly loses its connection."""
+
+
 class Event(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One thing that happened: ``acquired``, ``released``, ``refused``, ``lost``, ``mounted``, ``unmounted``."""
+    """One thing that happened: ``acquired``, ``released``, ``refused``, ``lost``, ``mounted``, ``unmounted``.
+
+    The first one of a `Watch` is ``watching``: what happens after it will be told.
+    """
 
     kind: str
     time: float
@@ -215,9 +255,34 @@ class RefusedError(msgspec.Struct, frozen=True):
 
 
 class UnknownMountError(msgspec.Struct, frozen=True):
+    """No such mount is registered, or another process registered it."""
+
     mount_id: str
 
 
 class NotHeldError(msgspec.Struct, frozen=True):
+    """What was to be released is not held; nothing has changed."""
+
     dev: int
     ino: int
+
+
+METHODS: dict[str, tuple[type[msgspec.Struct], type[msgspec.Struct]]] = {
+    "Register": (Register, Registered),
+    "Acquire": (Acquire, Acquired),
+    "Release": (Release, Released),
+    "Inspect": (Inspect, Inspected),
+    "ListLocks": (ListLocks, Locks),
+    "GetStatus": (GetStatus, Status),
+    "Watch": (Watch, Event),
+}
+"""Each method with the types of its call and its reply; the class of a call has the method's name."""
+
+ERRORS: dict[str, type[msgspec.Struct]] = {
+    "Busy": BusyError,
+    "Unavailable": UnavailableError,
+    "Refused": RefusedError,
+    "UnknownMount": UnknownMountError,
+    "NotHeld": NotHeldError,
+}
+"""Each error of the interface with the type of its parameters."""

@@ -1,0 +1,212 @@
+"""How the mount daemon and the commands talk to lockd.
+
+Each call has a connection to itself while it lasts, from a pool; so a call that waits for a lock holds up
+no other, and a call that is cancelled closes its connection, on which lockd undoes what the caller will
+never hear of.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing, asynccontextmanager
+from typing import TypeVar
+
+import msgspec
+import trio
+
+from lockfs.errors import LockUnavailable
+from lockfs.protocol import messages, varlink
+from lockfs.protocol.errors import HeldError, InvalidCall, NotHeld, UnknownMount, from_wire
+from lockfs.protocol.start import SOCKET, ensure_lockd, short_path
+from lockfs.protocol.wire import Wire, close_all
+
+CALLS = 256
+"""Calls at once; opens beyond that wait their turn here, and not in lockd's memory."""
+RELEASES = 32
+"""Releases at once, counted apart: the acquires that take up `CALLS` may be waiting for just these."""
+KEPT = 32
+"""Idle connections that are kept for the next call."""
+
+T = TypeVar("T", bound=msgspec.Struct)
+
+
+class LockdClient:
+    """A client of the lockd of one run directory.  Make one with `connect`, end it with `aclose`."""
+
+    def __init__(self, run_dir: str) -> None:
+        self._run_dir = run_dir
+        self._idle: list[Wire] = []
+        self._calls = trio.Semaphore(CALLS)
+        self._releases = trio.Semaphore(RELEASES)
+        self._life_line: Wire | None = None
+        self._closed = False
+
+    @classmethod
+    async def connect(cls, run_dir: str, *, start: bool = False) -> LockdClient:
+        """Connect to lockd and make sure that it answers; with *start*, start it if it does not run.
+
+        Raises `LockUnavailable` if there is none, or if it was just leaving.
+        """
+        client = cls(run_dir)
+        for _ in range(2 if start else 0):
+            await trio.to_thread.run_sync(ensure_lockd, run_dir)
+            try:
+                return await client._say_hello()
+            except LockUnavailable:
+                continue
+        return await client._say_hello()
+
+    async def _say_hello(self) -> LockdClient:
+        # A connection to a lockd that leaves at this moment is accepted by the kernel, and never served.
+        await self.call(messages.GetStatus(), messages.Status)
+        return self
+
+    async def register(self, request: messages.Register, source_fd: int) -> messages.Registered:
+        """Register a mount, on a connection of its own that lasts as long as the mount: the life line.
+
+        Raises `MountError` if lockd refuses the mount.
+        """
+        wire = await self._open()
+        try:
+            reply, fds = await _converse(wire, request, messages.Registered, [source_fd])
+        except BaseException:
+            wire.close()
+            raise
+        close_all(fds)
+        self._life_line = wire
+        return reply
+
+    async def call(
+        self, request: msgspec.Struct, reply: type[T], fds: Sequence[int] = ()
+    ) -> tuple[T, list[int]]:
+        """Make one call.  Return the reply and the descriptors that came with it, close-on-exec and the
+        caller's to close.
+
+        *fds* stay the caller's.  Raises `HeldError` (a `Busy`), `NotHeld`, `MountError`, `InvalidCall`, and
+        `LockUnavailable` if lockd cannot say, is gone, or breaks off.
+        """
+        slots = self._releases if isinstance(request, messages.Release) else self._calls
+        async with slots:
+            wire = self._idle.pop() if self._idle else await self._open()
+            try:
+                answer = await _converse(wire, request, reply, fds)
+            except (HeldError, NotHeld, UnknownMount, InvalidCall):
+                self._keep(wire)
+                raise
+            except BaseException:
+                wire.close()
+                raise
+            self._keep(wire)
+            return answer
+
+    def _keep(self, wire: Wire) -> None:
+        if len(self._idle) < KEPT and not self._closed:
+            self._idle.append(wire)
+        else:
+            wire.close()
+
+    async def _open(self) -> Wire:
+        if self._closed:
+            raise LockUnavailable("the client of lockd is closed")
+        sock = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        try:
+            with short_path(self._run_dir, SOCKET) as address:
+                await sock.connect(address)
+        except OSError as error:
+            sock.close()
+            raise LockUnavailable(f"lockd is not running in {self._run_dir} ({error.strerror})") from error
+        except BaseException:
+            sock.close()
+            raise
+        return Wire(sock)
+
+    async def locks(self) -> list[messages.LockInfo]:
+        """Return all locks that this host holds."""
+        found: list[messages.LockInfo] = []
+        after = ""
+        while True:
+            part, _ = await self.call(messages.ListLocks(after), messages.Locks)
+            found += part.locks
+            after = part.next
+            if not after:
+                return found
+
+    async def lost(self) -> None:
+        """Return when the life line has closed: lockd is gone, or has given this mount up.
+
+        Needs a `register` before.
+        """
+        if self._life_line is None:
+            raise RuntimeError("no mount is registered by this client")
+        try:
+            while await self._life_line.receive() is not None:
+                pass
+        except (OSError, varlink.ProtocolError):
+            pass
+
+    @asynccontextmanager
+    async def watch(self) -> AsyncIterator[AsyncIterator[messages.Event]]:
+        """Within the context, iterate over what happens from then on; ends when lockd is gone."""
+        wire = await self._open()
+        try:
+            await _send(wire, messages.Watch(), (), more=True)
+            first, _ = await _receive(wire, messages.Event)
+            if first.kind != "watching":
+                raise varlink.ProtocolError(f"lockd began a watch with '{first.kind}'")
+            async with aclosing(_events(wire)) as events:
+                yield events
+        finally:
+            wire.close()
+
+    async def aclose(self) -> None:
+        """Close all connections, the life line last: lockd then releases what is left of the mount."""
+        self._closed = True
+        while self._idle:
+            self._idle.pop().close()
+        if self._life_line is not None:
+            self._life_line.close()
+        await trio.lowlevel.checkpoint()
+
+
+async def _events(wire: Wire) -> AsyncGenerator[messages.Event, None]:
+    while True:
+        try:
+            event, fds = await _receive(wire, messages.Event)
+        except LockUnavailable:
+            return
+        close_all(fds)
+        yield event
+
+
+async def _converse(
+    wire: Wire, request: msgspec.Struct, reply: type[T], fds: Sequence[int]
+) -> tuple[T, list[int]]:
+    await _send(wire, request, fds)
+    return await _receive(wire, reply)
+
+
+async def _send(wire: Wire, request: msgspec.Struct, fds: Sequence[int], *, more: bool = False) -> None:
+    method = f"{messages.INTERFACE}.{type(request).__name__}"
+    try:
+        await wire.send(varlink.encode_call(method, request, more=more), fds)
+    except OSError as error:
+        raise LockUnavailable(f"lockd is gone ({error.strerror})") from error
+
+
+async def _receive(wire: Wire, kind: type[T]) -> tuple[T, list[int]]:
+    try:
+        received = await wire.receive()
+    except OSError as error:
+        raise LockUnavailable(f"lockd is gone ({error.strerror})") from error
+    if received is None:
+        raise LockUnavailable("lockd closed the connection")
+    message, fds = received
+    try:
+        reply = varlink.decode_reply(message)
+        if reply.error:
+            raise from_wire(reply.error, reply.parameters)
+        return varlink.decode_parameters(reply.parameters, kind), fds
+    except BaseException:
+        close_all(fds)
+        raise
