@@ -15,6 +15,8 @@ EXIT_SYSTEM = 2
 """Something that lockfs needs from the system is missing or failed (mount(8): system error)."""
 EXIT_HELD = 4
 """`lockfs who` was asked with --check and the image is held."""
+EXIT_INTERRUPTED = 8
+"""A signal ended the command (mount(8): user interrupt)."""
 EXIT_MOUNT = 32
 """The mount failed (mount(8): mount failure)."""
 

@@ -1,0 +1,67 @@
+"""The option tables as people read them, made from the tables that the parser uses."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Sequence
+
+from lockfs import backend
+from lockfs.errors import UsageError
+from lockfs.options import OPTIONS, Option
+
+WIDTH = 79
+
+
+def lines(options: Iterable[Option], indent: str = "  ") -> list[str]:
+    """Return plain text: each option with its argument, below it what it does and its default."""
+    found: list[str] = []
+    for option in options:
+        found.append(f"{indent}{_typed(option)}")
+        further = indent * 3
+        found += textwrap.wrap(_meaning(option), WIDTH, initial_indent=further, subsequent_indent=further)
+    return found
+
+
+def _typed(option: Option) -> str:
+    return ", ".join(f"{name}={option.metavar}" for name in (option.name, *option.also))
+
+
+def _meaning(option: Option) -> str:
+    return f"{option.help} (default: {option.default or 'none'})"
+
+
+def tables() -> list[tuple[str, Sequence[Option]]]:
+    """Return all tables, each with its title: lockfs's own, then that of each installed backend which loads."""
+    found: list[tuple[str, Sequence[Option]]] = [("Options of every mount", OPTIONS)]
+    for name in sorted(backend.installed()):
+        try:
+            spec = backend.find(name)
+        except UsageError as error:
+            found.append((f"Backend {name} cannot be used: {error.message}", ()))
+            continue
+        found.append((f"Options of backend {name}: {spec.summary}", spec.options))
+    return found
+
+
+def text() -> str:
+    """Return all tables as plain text."""
+    parts = []
+    for title, options in tables():
+        parts.append("\n".join([f"{title}:", *(lines(options) or ["  (none)"])]))
+    return "\n\n".join(parts) + "\n"
+
+
+def markdown() -> str:
+    """Return all tables as one Markdown table."""
+    rows = ["| option | default | what it does |", "|---|---|---|"]
+    for _title, options in tables():
+        rows += [f"| `{_cell(_typed(each))}` | {_default(each)} | {_cell(each.help)} |" for each in options]
+    return "\n".join(rows) + "\n"
+
+
+def _default(option: Option) -> str:
+    return f"`{_cell(option.default)}`" if option.default else ""
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")

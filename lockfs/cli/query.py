@@ -1,0 +1,53 @@
+"""What the commands ask lockd.  Imports trio: the mount helper imports this only for a remount."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+import trio
+
+from lockfs.errors import LockUnavailable
+from lockfs.protocol.client import LockdClient
+from lockfs.protocol.messages import GetStatus, LockInfo, Status
+from lockfs.protocol.start import is_running
+
+TIMEOUT = 10.0
+"""Seconds for lockd to answer a question that needs no storage."""
+
+T = TypeVar("T")
+
+
+def status(run_dir: str) -> Status | None:
+    """Return the status of the lockd of *run_dir*, or None if none runs.  Raises `LockfsError`."""
+    return _ask(run_dir, _status)
+
+
+def locks(run_dir: str) -> list[LockInfo] | None:
+    """Return the locks that the lockd of *run_dir* holds, or None if none runs.  Raises `LockfsError`."""
+    return _ask(run_dir, LockdClient.locks)
+
+
+async def _status(client: LockdClient) -> Status:
+    found, _ = await client.call(GetStatus(), Status)
+    return found
+
+
+def _ask(run_dir: str, question: Callable[[LockdClient], Awaitable[T]]) -> T | None:
+    async def ask() -> T:
+        with trio.fail_after(TIMEOUT):
+            client = await LockdClient.connect(run_dir)
+            try:
+                return await question(client)
+            finally:
+                with trio.CancelScope(shield=True):
+                    await client.aclose()
+
+    try:
+        return trio.run(ask) if is_running(run_dir) else None
+    except trio.TooSlowError:
+        raise LockUnavailable(f"lockd in {run_dir} did not answer within {TIMEOUT:.0f} s") from None
+    except LockUnavailable:
+        if is_running(run_dir):
+            raise
+        return None
