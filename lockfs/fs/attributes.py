@@ -1,0 +1,160 @@
+"""Operations on an inode's attributes: getattr, setattr, extended attributes, statfs."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat as st
+from collections.abc import Sequence
+
+import msgspec
+import pyfuse3
+from pyfuse3 import EntryAttributes, RequestContext, SetattrFields, StatvfsData
+
+from lockfs.errors import LockUnavailable
+from lockfs.fs.base import replies
+from lockfs.fs.nodes import Node
+from lockfs.fs.writing import WriteRights
+from lockfs.linux import files
+from lockfs.linux.files import proc_path
+
+OWN_XATTRS = b"user.lockfs."
+"""Names that lockfs answers itself, and that nobody may set."""
+HOLDER_XATTR = b"user.lockfs.holder"
+
+GUARDED_XATTRS = (b"security.", b"system.posix_acl_")
+"""Attributes that decide who may reach an image: changed only while no other host runs it."""
+
+
+class AttributeOperations(WriteRights):
+    """Handlers for attributes."""
+
+    @replies
+    async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
+        """Read the attributes."""
+        node = self.nodes.get(inode)
+        with self.nodes.borrow(node) as fd:
+            status = await self.work.short(ctx, os.fstat, fd)
+        return self.attributes(node, status)
+
+    @replies
+    async def setattr(
+        self, inode: int, attr: EntryAttributes, fields: SetattrFields, fh: int | None, ctx: RequestContext
+    ) -> EntryAttributes:
+        """Change size, owner, mode and times, in the order in which none undoes another."""
+        node = self.nodes.get(inode)
+        if fields.update_size:
+            await self.truncate(node, attr.st_size, fh, ctx)
+        with self.nodes.borrow(node) as fd:
+            if fields.update_uid or fields.update_gid or fields.update_mode:
+                uid = attr.st_uid if fields.update_uid else -1
+                gid = attr.st_gid if fields.update_gid else -1
+                mode = st.S_IMODE(attr.st_mode) if fields.update_mode else None
+                status = await self.work.short(ctx, os.fstat, fd)
+                if st.S_ISREG(status.st_mode) and _changes(status, uid, gid, mode):
+                    await self.guard.check_elsewhere(node, ctx)
+                await self.work.long(ctx, _set_owner_and_mode, fd, uid, gid, mode)
+            if fields.update_atime or fields.update_mtime:
+                atime = attr.st_atime_ns if fields.update_atime else None
+                mtime = attr.st_mtime_ns if fields.update_mtime else None
+                await self.work.short(ctx, files.utimens, fd, atime, mtime)
+            status = await self.work.short(ctx, os.fstat, fd)
+        return self.attributes(node, status)
+
+    # Extended attributes ---------------------------------------------------------------------------
+
+    @replies
+    async def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:
+        """Read an extended attribute; who holds an image is one."""
+        node = self.nodes.get(inode)
+        if name == HOLDER_XATTR:
+            return await self._holder(node, ctx)
+        with self.nodes.borrow(node) as fd:
+            return await self.work.short(ctx, lambda: os.getxattr(proc_path(fd), name))
+
+    async def _holder(self, node: Node, ctx: RequestContext) -> bytes:
+        with self.nodes.borrow(node) as fd:
+            status = await self.work.short(ctx, os.fstat, fd)
+        if not st.S_ISREG(status.st_mode) or not self.guard.policy.guarded(node.path()):
+            raise OSError(pyfuse3.ENOATTR, os.strerror(pyfuse3.ENOATTR))
+        image = self.guard.describe(node).path
+        try:
+            holders = await self.guard.holders(node, ctx)
+        except LockUnavailable as error:
+            answer: dict[str, object] = {"state": "unknown", "holders": [], "image": image, "reason": str(error)}
+        else:
+            answer = {"state": "held" if holders else "free", "holders": holders, "image": image}
+        return msgspec.json.encode(answer)
+
+    @replies
+    async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: RequestContext) -> None:
+        """Set an extended attribute."""
+        node = self.nodes.get(inode)
+        _not_own(name)
+        await self._check_guarded(node, name, value, ctx)
+        with self.nodes.borrow(node) as fd:
+            await self.work.long(ctx, lambda: os.setxattr(proc_path(fd), name, value))
+
+    @replies
+    async def removexattr(self, inode: int, name: bytes, ctx: RequestContext) -> None:
+        """Remove an extended attribute."""
+        node = self.nodes.get(inode)
+        _not_own(name)
+        await self._check_guarded(node, name, None, ctx)
+        with self.nodes.borrow(node) as fd:
+            await self.work.long(ctx, lambda: os.removexattr(proc_path(fd), name))
+
+    async def _check_guarded(self, node: Node, name: bytes, value: bytes | None, ctx: RequestContext) -> None:
+        if not name.startswith(GUARDED_XATTRS):
+            return
+        with self.nodes.borrow(node) as fd:
+            status = await self.work.short(ctx, os.fstat, fd)
+            if not st.S_ISREG(status.st_mode):
+                return
+            try:
+                present = await self.work.short(ctx, lambda: os.getxattr(proc_path(fd), name))
+            except OSError as error:
+                if error.errno != pyfuse3.ENOATTR:
+                    raise
+                present = None
+        if present != value:
+            await self.guard.check_elsewhere(node, ctx)
+
+    @replies
+    async def listxattr(self, inode: int, ctx: RequestContext) -> Sequence[bytes]:
+        """List the extended attributes; lockfs's own are not among them, so that no copy tries to set them."""
+        with self.nodes.borrow(self.nodes.get(inode)) as fd:
+            names = await self.work.short(ctx, os.listxattr, proc_path(fd))
+        return [encoded for name in names if not (encoded := os.fsencode(name)).startswith(OWN_XATTRS)]
+
+    @replies
+    async def statfs(self, ctx: RequestContext) -> StatvfsData:
+        """Report the storage's space."""
+        with self.nodes.borrow(self.nodes.root) as fd:
+            found = await self.work.short(ctx, os.fstatvfs, fd)
+        data = StatvfsData()
+        for name in ("f_bsize", "f_frsize", "f_blocks", "f_bfree", "f_bavail", "f_files", "f_ffree", "f_favail"):
+            setattr(data, name, getattr(found, name))
+        data.f_namemax = found.f_namemax
+        return data
+
+
+def _changes(status: os.stat_result, uid: int, gid: int, mode: int | None) -> bool:
+    return (
+        uid not in (-1, status.st_uid)
+        or gid not in (-1, status.st_gid)
+        or mode not in (None, st.S_IMODE(status.st_mode))
+    )
+
+
+def _set_owner_and_mode(fd: int, uid: int, gid: int, mode: int | None) -> None:
+    if uid != -1 or gid != -1:
+        files.chown(fd, uid, gid)
+    # After the owner: a change of owner clears the set-id bits.
+    if mode is not None:
+        os.chmod(proc_path(fd), mode)
+
+
+def _not_own(name: bytes) -> None:
+    if name.startswith(OWN_XATTRS):
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))

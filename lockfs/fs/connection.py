@@ -1,0 +1,69 @@
+"""The FUSE connection: /dev/fuse, the mount, and the connection's limits."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from collections.abc import Sequence
+
+from lockfs import text
+from lockfs.errors import MountError, SystemError_
+from lockfs.linux import mount, mountinfo, tree
+
+log = logging.getLogger("lockfs.fs")
+
+DEVICE = "/dev/fuse"
+FSTYPE = "fuse.lockfs"
+
+MAX_BACKGROUND = 1000
+"""Requests that no caller waits for and that the kernel has under way at once.
+
+Its default of 12 is soon full of direct I/O, behind which each RELEASE, and the next owner of that image, would wait.
+"""
+
+
+def attach(source: bytes, mountpoint: bytes, flags: Sequence[str], root_mode: int, data: Sequence[str]) -> int:
+    """Mount on *mountpoint*; return the descriptor of the connection, whose first request waits to be read.
+
+    *source* is what mount(8) and df show.  Raises `SystemError_` without /dev/fuse, `MountError` if mount(2) fails.
+    """
+    try:
+        fd = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        raise SystemError_(f"cannot open {DEVICE}: {error.strerror}", hint="Load the module: modprobe fuse") from error
+    options = [
+        f"fd={fd}", f"rootmode={root_mode:o}", "user_id=0", "group_id=0", "default_permissions", "allow_other", *data,
+    ]  # fmt: skip
+    try:
+        mount.mount(source, mountpoint, FSTYPE, mount.flags_of(flags), ",".join(options))
+    except OSError as error:
+        os.close(fd)
+        hint = "Is it a directory, and are you root?"
+        if error.errno == errno.EBUSY:
+            hint = "Something is mounted there in this way already: see findmnt."
+        raise MountError(f"cannot mount on {text.from_bytes(mountpoint)}: {error.strerror}", hint=hint) from error
+    return fd
+
+
+def widen(mountpoint: bytes) -> None:
+    """Raise the limits of the connection of the mount on *mountpoint*, which must have answered its first request.
+
+    Done by a mount of the control filesystem that nobody else sees; where that fails the kernel's limits stay.
+    """
+    found = mountinfo.at(mountpoint)
+    if found is None:
+        return
+    try:
+        control = tree.detached(b"fusectl")
+        try:
+            for name, value in (("max_background", MAX_BACKGROUND), ("congestion_threshold", MAX_BACKGROUND * 3 // 4)):
+                fd = os.open(f"{os.minor(found.dev)}/{name}", os.O_WRONLY | os.O_CLOEXEC, dir_fd=control)
+                try:
+                    os.write(fd, b"%d" % value)
+                finally:
+                    os.close(fd)
+        finally:
+            os.close(control)
+    except OSError as error:
+        log.info("the limit of background requests stays at the kernel's default: %s", error)

@@ -1,0 +1,185 @@
+"""The mount daemon: puts a mount together, serves it until it is unmounted, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import resource
+import signal
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import pyfuse3
+import trio
+
+from lockfs import options, text
+from lockfs.errors import LockUnavailable, MountError
+from lockfs.fs import connection, source
+from lockfs.fs.base import Parts
+from lockfs.fs.guard import Guard
+from lockfs.fs.handles import Handles
+from lockfs.fs.nodes import Node, NodeTable
+from lockfs.fs.operations import Operations
+from lockfs.fs.owners import Owners
+from lockfs.fs.policy import Policy
+from lockfs.fs.session import LockdSession
+from lockfs.fs.work import Work
+from lockfs.linux import credentials, mount, mountinfo, tree
+
+log = logging.getLogger("lockfs.fs")
+
+MIN_TASKS = 10
+MAX_TASKS = 5000
+"""Requests that may wait at once: opens that wait for a lock must not keep a stat from being answered."""
+
+INTERRUPT_SECONDS = 0.5
+"""How long a read of /dev/fuse may block with the interpreter's lock held.
+
+pyfuse3 reads when the device is ready, but a caller that is killed at that moment takes its request back, and the
+read blocks. A timer's signal ends it; pyfuse3 then waits for the device again.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What is to be mounted where."""
+
+    source: bytes
+    mountpoint: bytes
+    fsname: bytes
+    flags: tuple[str, ...]
+    data: tuple[str, ...]
+    options: options.MountOptions
+    run_dir: str
+
+
+async def serve(request: Request, ready: Callable[[], None]) -> None:
+    """Mount, call *ready* when the mount answers, and serve until it is unmounted.
+
+    Raises `LockfsError` if the mount cannot keep its promise; then nothing is left mounted.
+    """
+    set_up_process()
+    storage = mountinfo.find(request.source)
+    values = request.options.values
+    try:
+        root = tree.clone(request.source)
+    except OSError as error:
+        raise MountError(f"cannot open {text.from_bytes(request.source)}: {error.strerror}") from error
+    try:
+        session = await LockdSession.begin(
+            request.run_dir, request.source, root, request.mountpoint, request.options.text,
+            str(values["backend"]), float(str(values["wait"])),
+        )  # fmt: skip
+        try:
+            async with trio.open_nursery() as nursery:
+                operations = _assemble(request, root, storage.fstype, session)
+                try:
+                    await _serve(request, operations, session, nursery, ready)
+                finally:
+                    with trio.CancelScope(shield=True):
+                        await operations.close()
+                nursery.cancel_scope.cancel()
+        finally:
+            with trio.CancelScope(shield=True):
+                await session.end()
+    except LockUnavailable as error:
+        raise MountError(str(error), hint="See lockd's log in the run directory, or the journal.") from error
+    finally:
+        os.close(root)
+
+
+def set_up_process() -> None:
+    """Make this process fit to act for others: their modes as given, their identities, room for descriptors."""
+    os.umask(0)
+    _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    credentials.keep_capabilities()
+    # With it the storage would let everybody write past quotas and into the blocks that are kept for root.
+    credentials.drop_capability(credentials.CAP_SYS_RESOURCE)
+    signal.signal(signal.SIGALRM, lambda _number, _frame: None)
+    signal.setitimer(signal.ITIMER_REAL, INTERRUPT_SECONDS, INTERRUPT_SECONDS)
+
+
+def _assemble(request: Request, root: int, fstype: str, session: LockdSession) -> Operations:
+    values = request.options.values
+    work = Work(fstype)
+    found = source.identify(os.open(".", source.PATH_FLAGS | os.O_DIRECTORY, dir_fd=root))
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    nodes = NodeTable(root, found, open_limit=min(4096, limit // 4), close=work.close)
+    if not isinstance(found.key, bytes):
+        log.info("%s has no file handles: each file that the kernel knows of keeps a descriptor open", fstype)
+    guard = Guard(nodes, work, Policy(values), session, request.mountpoint, _distrust)
+    return Operations(Parts(nodes, work, guard, Handles(), Owners(values)))
+
+
+def _distrust(node: Node) -> None:
+    """Make the kernel ask again for the attributes of an image that others may change from now on."""
+    try:
+        pyfuse3.invalidate_inode(node.id, attr_only=True)
+    except OSError as error:
+        if error.errno != errno.ENOENT:  # it had forgotten the file
+            log.warning("cannot invalidate inode %d: %s", node.id, error)
+
+
+async def _serve(
+    request: Request, operations: Operations, session: LockdSession, nursery: trio.Nursery, ready: Callable[[], None]
+) -> None:
+    mountpoint = text.from_bytes(request.mountpoint)
+    async with _mounted(request, operations):
+        nursery.start_soon(session.follow, mountpoint, operations.guard.lose)
+        nursery.start_soon(_unmount_on_signal, request.mountpoint)
+        nursery.start_soon(_announce, request, operations, ready)
+        await pyfuse3.main(min_tasks=MIN_TASKS, max_tasks=MAX_TASKS)
+    log.info("unmounted %s", mountpoint)
+
+
+@asynccontextmanager
+async def _mounted(request: Request, operations: Operations) -> AsyncIterator[None]:
+    mode = os.fstat(operations.nodes.fd(operations.nodes.root)).st_mode
+    fd = connection.attach(request.fsname, request.mountpoint, request.flags, mode, request.data)
+    try:
+        pyfuse3.init(operations, f"/dev/fd/{fd}", set())
+    except BaseException:
+        os.close(fd)
+        mount.umount(request.mountpoint, mount.MNT_DETACH)
+        raise
+    try:
+        yield
+    except BaseException:
+        # Nobody serves it any more: a mount that is left would only give errors.
+        await _detach(request.mountpoint)
+        raise
+    finally:
+        pyfuse3.close(unmount=False)
+
+
+async def _detach(mountpoint: bytes) -> None:
+    try:
+        mount.umount(mountpoint, mount.MNT_DETACH)
+    except OSError as error:
+        log.error("cannot unmount %s: %s", text.from_bytes(mountpoint), error.strerror)
+
+
+async def _announce(request: Request, operations: Operations, ready: Callable[[], None]) -> None:
+    await operations.started.wait()
+    connection.widen(request.mountpoint)
+    log.info(
+        "mounted %s on %s, backend %s",
+        text.from_bytes(request.source), text.from_bytes(request.mountpoint), request.options.values["backend"],
+    )  # fmt: skip
+    ready()
+
+
+async def _unmount_on_signal(mountpoint: bytes) -> None:
+    """On SIGTERM, unmount; a mount that is in use stays, since to end would fail every write on it."""
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async for number in signals:
+            name = signal.Signals(number).name
+            try:
+                await trio.to_thread.run_sync(mount.umount, mountpoint)
+            except OSError as error:
+                log.warning("%s: %s stays mounted: %s", name, text.from_bytes(mountpoint), error.strerror)
+
+

@@ -1,0 +1,253 @@
+"""The guard: who may write which image, as this mount sees it.
+
+A `Hold` is the right of one open (or of one call, as unlink) to an image.  Holds of one owner share one lock at
+lockd; the first takes it, the last gives it back.
+
+Invariants:
+- a hold exists only while lockd has granted its owner the mode, or a stronger one, and has not said otherwise since;
+- every lock is put on, or backed by, one open file description, `_Image.carrier`, that stays open in this daemon
+  too as long as the lock is wanted: where locks belong to descriptions, the lock then outlives lockd;
+- nothing is granted when lockd cannot be asked.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import trio
+
+from lockfs import text
+from lockfs.backend import Busy, Mode
+from lockfs.errors import LockUnavailable
+from lockfs.fs.nodes import Node, NodeTable
+from lockfs.fs.policy import Policy
+from lockfs.fs.work import Caller, Work
+from lockfs.linux.files import proc_path
+from lockfs.protocol import messages
+from lockfs.protocol.messages import Owner
+
+log = logging.getLogger("lockfs.guard")
+
+_NOT_WRITABLE = frozenset({errno.ETXTBSY, errno.EACCES, errno.EPERM, errno.EROFS})
+"""Errors of opening a file for writing that say nothing against removing or renaming it."""
+
+
+@dataclass(slots=True)
+class Hold:
+    """The right of one open, or of one call, to an image."""
+
+    image: _Image
+    owner: Owner
+    mode: Mode
+
+    @property
+    def lost(self) -> bool:
+        """True once the lock is no longer safe to write under."""
+        return self.image.lost
+
+
+@dataclass(slots=True)
+class _Owned:
+    """What one owner holds of one image through this mount.  `turn` keeps its transitions apart."""
+
+    counts: dict[Mode, int] = field(default_factory=lambda: dict.fromkeys(Mode, 0))
+    turn: trio.Lock = field(default_factory=trio.Lock)
+    users: int = 0
+
+
+@dataclass(slots=True)
+class _Image:
+    """One image with all its owners in this mount."""
+
+    message: messages.Image
+    node: Node
+    owners: dict[str, _Owned] = field(default_factory=dict)
+    carrier: int = -1
+    keep: list[int] = field(default_factory=list)
+    users: int = 0
+    lost: bool = False
+
+    def held(self, mode: Mode) -> bool:
+        return any(owned.counts[mode] for owned in self.owners.values())
+
+
+class Lockd(Protocol):
+    """What the guard asks of lockd; `lockfs.fs.session` is the real one."""
+
+    async def acquire(self, image: messages.Image, mode: Mode, owner: Owner, fd: int) -> list[int]:
+        """Take a lock; return descriptors to keep open with it.  Raises `Busy`, `LockUnavailable`."""
+
+    async def release(self, image: messages.Image, mode: Mode, owner: Owner) -> None:
+        """Give it back; never fails."""
+
+    async def inspect(self, image: messages.Image, fd: int) -> list[messages.HolderInfo]:
+        """List who holds an image.  Raises `LockUnavailable`."""
+
+
+class Guard:
+    """All holds of one mount.
+
+    *freed* is called with a node whose exclusive lock this mount has just given up.
+    """
+
+    def __init__(
+        self,
+        nodes: NodeTable,
+        work: Work,
+        policy: Policy,
+        lockd: Lockd,
+        mountpoint: bytes,
+        freed: Callable[[Node], None],
+    ) -> None:
+        self._nodes = nodes
+        self._work = work
+        self._lockd = lockd
+        self._mountpoint = mountpoint
+        self._freed = freed
+        self._images: dict[tuple[int, int], _Image] = {}
+        self.policy = policy
+
+    # What is held ----------------------------------------------------------------------------------
+
+    def exclusive(self, node: Node) -> bool:
+        """Tell whether this mount holds the image exclusively, so that nobody else can change it."""
+        image = self._images.get(node.identity)
+        return image is not None and not image.lost and image.held(Mode.EXCLUSIVE)
+
+    def describe(self, node: Node) -> messages.Image:
+        """Return the image as lockd is told of it."""
+        path = node.path()
+        full = self._mountpoint.rstrip(b"/") + b"/" + path
+        return messages.Image(node.dev, node.ino, text.from_bytes(path), text.from_bytes(full))
+
+    async def holders(self, node: Node, caller: Caller) -> list[messages.HolderInfo]:
+        """List who holds the image of *node*, here or elsewhere.  Raises `LockUnavailable`, OSError."""
+        with self._nodes.borrow(node) as fd:
+            probe = await self._work.short(caller, _open_probe, fd)
+        try:
+            return await self._lockd.inspect(self.describe(node), probe)
+        finally:
+            os.close(probe)
+
+    async def check_elsewhere(self, node: Node, caller: Caller) -> None:
+        """Raise `Busy` if another host holds the image of *node*."""
+        if not self.policy.guarded(node.path()) or self.exclusive(node):
+            return
+        for holder in await self.holders(node, caller):
+            if not holder.here:
+                raise Busy(holder.holder())
+
+    # Taking and giving back ------------------------------------------------------------------------
+
+    async def hold(self, node: Node, mode: Mode, owner: Owner, caller: Caller) -> Hold:
+        """Take the image of *node* for *owner*, or share what the owner has.
+
+        Raises `Busy` with the holder, `LockUnavailable`, or OSError if the file cannot be opened as the lock needs.
+        """
+        image = self._enter(node)
+        owned = image.owners.setdefault(owner.key, _Owned())
+        owned.users += 1
+        hold = Hold(image, owner, mode)
+        try:
+            async with owned.turn:
+                if image.lost:
+                    raise LockUnavailable(f"the lock of {image.message.path} was lost")
+                if not owned.counts[mode]:
+                    await self._open_carrier(image, node, mode, caller)
+                    kept = await self._lockd.acquire(image.message, mode, owner, image.carrier)
+                    image.keep.extend(kept)
+                owned.counts[mode] += 1
+        except BaseException:
+            self._leave(image, owner.key, owned)
+            raise
+        return hold
+
+    async def release(self, hold: Hold) -> None:
+        """Give one hold back.  Never fails, and is not cut short by a cancellation."""
+        image, key = hold.image, hold.owner.key
+        owned = image.owners[key]
+        with trio.CancelScope(shield=True):
+            async with owned.turn:
+                owned.counts[hold.mode] -= 1
+                if not owned.counts[hold.mode]:
+                    # From here on others may write: what the kernel caches of the file must not be trusted any more.
+                    if hold.mode is Mode.EXCLUSIVE and not image.held(Mode.EXCLUSIVE):
+                        self._freed(image.node)
+                    await self._lockd.release(image.message, hold.mode, hold.owner)
+        self._leave(image, key, owned)
+
+    async def hold_for_call(self, node: Node, owner: Owner, caller: Caller) -> Hold | None:
+        """Take the image of *node* for the length of one call that removes or renames it: from everybody, also where many
+        may write.
+
+        None if the file cannot be opened for writing, so that the lock cannot be taken, but nobody holds it.
+        Raises as `hold`.
+        """
+        try:
+            return await self.hold(node, Mode.EXCLUSIVE, owner, caller)
+        except OSError as error:
+            if error.errno not in _NOT_WRITABLE:
+                raise
+        for holder in await self.holders(node, caller):
+            raise Busy(holder.holder())
+        return None
+
+    def _enter(self, node: Node) -> _Image:
+        image = self._images.get(node.identity)
+        if image is None:
+            image = self._images[node.identity] = _Image(self.describe(node), node)
+        image.users += 1
+        return image
+
+    def _leave(self, image: _Image, key: str, owned: _Owned) -> None:
+        owned.users -= 1
+        if not owned.users:
+            image.owners.pop(key, None)
+        image.users -= 1
+        if image.users:
+            return
+        self._images.pop(image.node.identity, None)
+        for fd in (image.carrier, *image.keep):
+            if fd >= 0:
+                self._work.close(fd)
+
+    async def _open_carrier(self, image: _Image, node: Node, mode: Mode, caller: Caller) -> None:
+        if image.carrier >= 0:
+            return
+        with self._nodes.borrow(node) as fd:
+            carrier = await self._work.short(caller, _open_carrier, fd, mode)
+        if image.carrier >= 0:  # another owner's was faster
+            os.close(carrier)
+        else:
+            image.carrier = carrier
+
+    # Loss ------------------------------------------------------------------------------------------
+
+    def lose(self, path: str, why: str) -> None:
+        """Mark the lock of the image at *path* as no longer safe: its writers get EIO from now on."""
+        for image in self._images.values():
+            if image.message.path == path and not image.lost:
+                image.lost = True
+                log.error("lost the lock of %s: %s; its open handles can write no more", path, why)
+
+
+def _open_carrier(fd: int, mode: Mode) -> int:
+    path = proc_path(fd)
+    flags = os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+    try:
+        return os.open(path, os.O_RDWR | flags)
+    except OSError as error:
+        if error.errno == errno.EPERM:  # an append-only file
+            return os.open(path, os.O_RDWR | os.O_APPEND | flags)
+        if mode is Mode.SHARED and error.errno in _NOT_WRITABLE:
+            return os.open(path, os.O_RDONLY | flags)
+        raise
+
+
+def _open_probe(fd: int) -> int:
+    return os.open(proc_path(fd), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)

@@ -1,0 +1,101 @@
+"""Open files and directories of the mount, by the number that the kernel knows them by.  Numbers are never used
+again.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from dataclasses import dataclass, field
+
+import trio
+
+from lockfs.fs.guard import Hold
+from lockfs.fs.nodes import Node
+from lockfs.protocol.messages import Owner
+
+
+@dataclass(slots=True)
+class FileHandle:
+    """One open file description on the mount.
+
+    `hold` is the right to write, or to read a pinned image; None where none is needed, and for a manager's handle
+    until its first write.
+    """
+
+    node: Node
+    fd: int
+    writable: bool
+    hold: Hold | None = None
+    manager: Owner | None = None
+    turn: trio.Lock | None = None
+
+
+@dataclass(slots=True)
+class DirectoryHandle:
+    """One open directory.  `names` is the listing that offsets point into; taken at the first read and at each
+    rewind.
+    """
+
+    node: Node
+    fd: int
+    names: list[bytes] = field(default_factory=list)
+
+
+class Handles:
+    """All open handles of a mount."""
+
+    def __init__(self) -> None:
+        self._last = 0
+        self._files: dict[int, FileHandle] = {}
+        self._directories: dict[int, DirectoryHandle] = {}
+
+    def __len__(self) -> int:
+        return len(self._files) + len(self._directories)
+
+    def add_file(self, handle: FileHandle) -> int:
+        """Give an open file its number."""
+        self._last += 1
+        self._files[self._last] = handle
+        return self._last
+
+    def add_directory(self, handle: DirectoryHandle) -> int:
+        """Give an open directory its number."""
+        self._last += 1
+        self._directories[self._last] = handle
+        return self._last
+
+    def file(self, number: int) -> FileHandle:
+        """Return an open file.  Raises OSError(EBADF)."""
+        try:
+            return self._files[number]
+        except KeyError:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF)) from None
+
+    def directory(self, number: int) -> DirectoryHandle:
+        """Return an open directory.  Raises OSError(EBADF)."""
+        try:
+            return self._directories[number]
+        except KeyError:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF)) from None
+
+    def take_file(self, number: int) -> FileHandle:
+        """Remove an open file and return it.  Raises OSError(EBADF)."""
+        handle = self.file(number)
+        del self._files[number]
+        return handle
+
+    def take_directory(self, number: int) -> DirectoryHandle:
+        """Remove an open directory and return it.  Raises OSError(EBADF)."""
+        handle = self.directory(number)
+        del self._directories[number]
+        return handle
+
+    def take_all(self) -> list[FileHandle]:
+        """Remove everything: close the directories and return the files."""
+        for directory in self._directories.values():
+            os.close(directory.fd)
+        self._directories.clear()
+        files = list(self._files.values())
+        self._files.clear()
+        return files

@@ -1,0 +1,236 @@
+"""Operations on names: lookup, creation of anything but open files, removal, rename, links."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat as st
+from collections.abc import Callable, Sequence
+
+from pyfuse3 import EntryAttributes, RequestContext
+
+from lockfs.fs import source
+from lockfs.fs.base import Base, replies
+from lockfs.fs.guard import Hold
+from lockfs.fs.nodes import Node
+from lockfs.fs.source import Found
+from lockfs.linux import files
+from lockfs.protocol.messages import Owner
+
+_RETRIES = 64
+"""How often a name may lead to yet another file, while its lock is being taken, before the call is refused."""
+
+
+class NameOperations(Base):
+    """Handlers for requests that name a directory entry."""
+
+    @replies
+    async def lookup(self, parent_inode: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
+        """Find a name; ``.`` and ``..`` come from file servers that look for a lost inode."""
+        parent = self.nodes.get(parent_inode)
+        if name in (b".", b".."):
+            node = parent if name == b"." or parent.parent is None else parent.parent
+            with self.nodes.borrow(node) as fd:
+                status = await self.work.short(ctx, os.fstat, fd)
+            node.lookups += 1
+            return self.attributes(node, status)
+        self.visible(parent, name)
+        with self.nodes.borrow(parent) as directory:
+            found = await self.work.short(ctx, source.find, directory, name)
+        return self.enter(found, parent, name)
+
+    async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
+        """Take back lookups."""
+        for number, lookups in inode_list:
+            self.nodes.forget(number, lookups)
+
+    @replies
+    async def readlink(self, inode: int, ctx: RequestContext) -> bytes:
+        """Read a symbolic link; it is the caller's kernel that follows it."""
+        with self.nodes.borrow(self.nodes.get(inode)) as fd:
+            return await self.work.short(ctx, _readlink, fd)
+
+    # Creation --------------------------------------------------------------------------------------
+
+    @replies
+    async def mknod(self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: RequestContext) -> EntryAttributes:
+        """Make a file, device, fifo or socket.  A regular file is made without a lock: nobody has written it yet."""
+        return await self._make(parent_inode, name, ctx, lambda directory: os.mknod(name, mode, rdev, dir_fd=directory))
+
+    @replies
+    async def mkdir(self, parent_inode: int, name: bytes, mode: int, ctx: RequestContext) -> EntryAttributes:
+        """Make a directory."""
+        return await self._make(parent_inode, name, ctx, lambda directory: os.mkdir(name, mode, dir_fd=directory))
+
+    @replies
+    async def symlink(self, parent_inode: int, name: bytes, target: bytes, ctx: RequestContext) -> EntryAttributes:
+        """Make a symbolic link."""
+        return await self._make(parent_inode, name, ctx, lambda directory: os.symlink(target, name, dir_fd=directory))
+
+    async def _make(
+        self, parent_inode: int, name: bytes, ctx: RequestContext, make: Callable[[int], None]
+    ) -> EntryAttributes:
+        parent = self.nodes.get(parent_inode)
+        self.creatable(parent, name)
+
+        def make_and_find(directory: int) -> Found:
+            make(directory)
+            return source.find(directory, name)
+
+        with self.nodes.borrow(parent) as directory:
+            found = await self.work.long(ctx, make_and_find, directory)
+        return self.enter(found, parent, name)
+
+    @replies
+    async def link(self, inode: int, new_parent_inode: int, new_name: bytes, ctx: RequestContext) -> EntryAttributes:
+        """Give a file one more name; its lock, which goes by inode, is the same under both."""
+        node, parent = self.nodes.get(inode), self.nodes.get(new_parent_inode)
+        self.creatable(parent, new_name)
+
+        def link_and_find(fd: int, directory: int) -> Found:
+            files.link(fd, directory, new_name)
+            return source.find(directory, new_name)
+
+        with self.nodes.borrow(node) as fd, self.nodes.borrow(parent) as directory:
+            found = await self.work.long(ctx, link_and_find, fd, directory)
+        return self.enter(found, parent, new_name)
+
+    # Removal and rename ----------------------------------------------------------------------------
+
+    @replies
+    async def unlink(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
+        """Remove a name of a file, if its image may be taken for that."""
+        parent = self.nodes.get(parent_inode)
+        self.visible(parent, name)
+        owner, _manager = self.owners.of(ctx)
+        with self.nodes.borrow(parent) as directory:
+            held = await self._take(((parent, directory, name),), owner, ctx)
+            try:
+                await self.work.long(ctx, lambda: os.unlink(name, dir_fd=directory))
+                held.lost_name(0)
+            finally:
+                await held.give_back()
+
+    @replies
+    async def rmdir(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
+        """Remove an empty directory."""
+        parent = self.nodes.get(parent_inode)
+        self.visible(parent, name)
+        with self.nodes.borrow(parent) as directory:
+            found = await self.work.short(ctx, source.find, directory, name)
+            try:
+                await self.work.long(ctx, lambda: os.rmdir(name, dir_fd=directory))
+                self.nodes.pin(found)
+            finally:
+                found.close()
+
+    @replies
+    async def rename(
+        self,
+        parent_inode_old: int,
+        name_old: bytes,
+        parent_inode_new: int,
+        name_new: bytes,
+        flags: int,
+        ctx: RequestContext,
+    ) -> None:
+        """Rename, if the images that would lose a name may be taken for that."""
+        old_parent, new_parent = self.nodes.get(parent_inode_old), self.nodes.get(parent_inode_new)
+        self.visible(old_parent, name_old)
+        self.creatable(new_parent, name_new)
+        owner, _manager = self.owners.of(ctx)
+        with self.nodes.borrow(old_parent) as old, self.nodes.borrow(new_parent) as new:
+            places = [(old_parent, old, name_old), (new_parent, new, name_new)]
+            if flags & files.RENAME_NOREPLACE:
+                places.pop()
+            held = await self._take(places, owner, ctx)
+            try:
+                await self.work.long(ctx, files.rename, old, name_old, new, name_new, flags)
+                held.renamed(old_parent, name_old, new_parent, name_new, flags)
+            finally:
+                await held.give_back()
+
+    async def _take(
+        self, places: Sequence[tuple[Node, int, bytes]], owner: Owner, ctx: RequestContext
+    ) -> _Taken:
+        """Find what the names lead to and take the images among it, until the names are seen to lead there still."""
+        for _attempt in range(_RETRIES):
+            taken = _Taken(self)
+            try:
+                for parent, directory, name in places:
+                    await taken.add(parent, directory, name, owner, ctx)
+                if await self.work.short(ctx, taken.unchanged):
+                    return taken
+            except BaseException:
+                await taken.give_back()
+                raise
+            await taken.give_back()
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+
+
+class _Taken:
+    """What the names of one removal or rename lead to, with the images among it held."""
+
+    def __init__(self, operations: NameOperations) -> None:
+        self._operations = operations
+        self._found: list[tuple[int, bytes, Found | None]] = []
+        self._nodes: list[Node] = []
+        self._holds: list[Hold] = []
+
+    async def add(self, parent: Node, directory: int, name: bytes, owner: Owner, ctx: RequestContext) -> None:
+        """Find one name and hold the image there.  Raises as `Guard.hold`."""
+        ops = self._operations
+        try:
+            found = await ops.work.short(ctx, source.find, directory, name)
+        except FileNotFoundError:
+            self._found.append((directory, name, None))
+            return
+        self._found.append((directory, name, found))
+        path = parent.path() + b"/" + name if parent is not ops.nodes.root else name
+        if not st.S_ISREG(found.stat.st_mode) or not ops.guard.policy.guarded(path):
+            return
+        # Counted like a lookup, and forgotten in `give_back`: another mount may have put there what the kernel has
+        # not seen.
+        node = ops.nodes.adopt(Found(os.dup(found.fd), found.stat, found.key), parent, name)
+        self._nodes.append(node)
+        hold = await ops.guard.hold_for_call(node, owner, ctx)
+        if hold is not None:
+            self._holds.append(hold)
+
+    def unchanged(self) -> bool:
+        """Tell whether every name still leads to what was found there."""
+        return all(found is None or source.same(directory, name, found) for directory, name, found in self._found)
+
+    def lost_name(self, which: int) -> None:
+        """Keep what lost a name reachable, without one if need be, while the kernel knows it."""
+        found = self._found[which][2]
+        if found is not None:
+            self._operations.nodes.pin(found)
+
+    def renamed(self, old_parent: Node, old: bytes, new_parent: Node, new: bytes, flags: int) -> None:
+        """Bring the table up to date after a rename."""
+        nodes = self._operations.nodes
+        moved = self._found[0][2]
+        other = self._found[1][2] if len(self._found) > 1 else None
+        if moved is not None:
+            nodes.moved(moved.key, new_parent, new)
+        if other is not None and flags & files.RENAME_EXCHANGE:
+            nodes.moved(other.key, old_parent, old)
+        elif other is not None:
+            self.lost_name(1)
+
+    async def give_back(self) -> None:
+        """Release the holds and close the descriptors."""
+        for hold in self._holds:
+            await self._operations.guard.release(hold)
+        for node in self._nodes:
+            self._operations.nodes.forget(node.id, 1)
+        for _directory, _name, found in self._found:
+            if found is not None:
+                found.close()
+
+
+def _readlink(fd: int) -> bytes:
+    return os.readlink(b"", dir_fd=fd)
+
+

@@ -1,0 +1,196 @@
+"""The inode table: what the kernel knows of, by node id.
+
+Invariants:
+- a node id names one inode for the life of the mount and is never used again;
+- a node lives exactly as long as the kernel's lookup count of it is not zero;
+- a node's descriptor may be closed at any time that nobody borrows it, since a file handle finds the inode again;
+  where there is no handle, or no name is left, the descriptor is pinned instead.
+
+Only the event loop touches the table.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from lockfs.fs.source import Found, Key
+from lockfs.linux import handle
+
+ROOT = 1
+"""FUSE_ROOT_ID."""
+
+
+class Node:
+    """One inode.  `parent` and `name` are where it was last seen; `dev` and `ino` are those of the storage."""
+
+    __slots__ = ("borrowers", "dev", "fd", "id", "ino", "key", "lookups", "name", "parent", "pinned")
+
+    def __init__(self, number: int, found: Found, parent: Node | None, name: bytes) -> None:
+        self.id = number
+        self.key = found.key
+        self.dev = found.stat.st_dev
+        self.ino = found.stat.st_ino
+        self.fd = found.fd
+        self.lookups = 0
+        self.borrowers = 0
+        self.pinned = not isinstance(found.key, bytes)
+        self.parent = parent
+        self.name = name
+
+    @property
+    def identity(self) -> tuple[int, int]:
+        """Device and inode number: what locks go by."""
+        return self.dev, self.ino
+
+    def path(self) -> bytes:
+        """Return the path below the source by which the node was last reached."""
+        names: list[bytes] = []
+        node: Node | None = self
+        # A rename elsewhere may have left stale parents behind; they cannot form a loop that is longer than this.
+        while node is not None and node.parent is not None and len(names) < 4096:
+            names.append(node.name)
+            node = node.parent
+        return b"/".join(reversed(names))
+
+
+class NodeTable:
+    """All nodes of a mount.
+
+    *root* is an O_RDONLY descriptor of the source, which the table does not close.  *close* closes, soon, a
+    descriptor that may be the last of a removed file.
+    """
+
+    def __init__(self, root: int, root_found: Found, *, open_limit: int, close: Callable[[int], None]) -> None:
+        self._mount_fd = root
+        self._close_soon = close
+        self._open_limit = open_limit
+        self._last = ROOT
+        self.root = Node(ROOT, root_found, None, b"")
+        self.root.lookups = 1
+        self.root.pinned = True
+        self._by_id: dict[int, Node] = {ROOT: self.root}
+        self._by_key: dict[Key, Node] = {root_found.key: self.root}
+        self._open: OrderedDict[int, Node] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._by_id)
+
+    def get(self, number: int) -> Node:
+        """Return the node with that id.  Raises OSError(ESTALE) if the kernel was told to forget it."""
+        try:
+            return self._by_id[number]
+        except KeyError:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE)) from None
+
+    def known(self, key: Key) -> Node | None:
+        """Return the node of an inode, if the kernel knows it."""
+        return self._by_key.get(key)
+
+    def adopt(self, found: Found, parent: Node, name: bytes) -> Node:
+        """Return the node for what was found, and count one lookup for it; takes *found*'s descriptor."""
+        node = self._by_key.get(found.key)
+        if node is None:
+            self._last += 1
+            node = Node(self._last, found, parent, name)
+            found.fd = -1
+            self._by_id[node.id] = self._by_key[node.key] = node
+            if not node.pinned:
+                self._note_open(node)
+        else:
+            if node.fd < 0:
+                node.fd, found.fd = found.fd, -1
+                self._note_open(node)
+            found.close()
+            self.moved(found.key, parent, name)
+        node.lookups += 1
+        return node
+
+    def moved(self, key: Key, parent: Node, name: bytes) -> None:
+        """Note that an inode was renamed."""
+        node = self._by_key.get(key)
+        if node is not None and node is not self.root:
+            node.parent, node.name = parent, name
+
+    def pin(self, found: Found) -> None:
+        """Keep an inode that may have lost its last name reachable for as long as the kernel knows it; takes the
+        descriptor.
+        """
+        node = self._by_key.get(found.key)
+        if node is None or node.pinned:
+            found.close()
+            return
+        node.pinned = True
+        self._open.pop(node.id, None)
+        if node.fd < 0:
+            node.fd, found.fd = found.fd, -1
+        found.close()
+
+    def forget(self, number: int, lookups: int) -> None:
+        """Take back *lookups* lookups; drop the node when none is left."""
+        node = self._by_id.get(number)
+        if node is None or node is self.root:
+            return
+        node.lookups -= lookups
+        if node.lookups > 0:
+            return
+        del self._by_id[node.id]
+        del self._by_key[node.key]
+        self._open.pop(node.id, None)
+        if node.borrowers == 0:
+            self._close(node)
+
+    def fd(self, node: Node) -> int:
+        """Return an O_PATH descriptor of the node, good until the table is used again.  Raises OSError (ESTALE)."""
+        if node.fd < 0:
+            if not isinstance(node.key, bytes):
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+            node.fd = handle.open_handle(self._mount_fd, node.key)
+            self._note_open(node)
+        elif not node.pinned:
+            self._open.move_to_end(node.id)
+        return node.fd
+
+    @contextmanager
+    def borrow(self, node: Node) -> Iterator[int]:
+        """Lend the node's descriptor for the length of a ``with`` block, over awaits and to threads."""
+        fd = self.fd(node)
+        node.borrowers += 1
+        try:
+            yield fd
+        finally:
+            node.borrowers -= 1
+            if node.borrowers == 0 and node.id not in self._by_id:
+                self._close(node)
+
+    def _note_open(self, node: Node) -> None:
+        if node.id not in self._by_id:
+            return
+        self._open[node.id] = node
+        if len(self._open) <= self._open_limit:
+            return
+        for other in self._open.values():
+            if other.borrowers == 0 and other is not node:
+                del self._open[other.id]
+                self._close(other)
+                return
+
+    def close(self) -> None:
+        """Close every descriptor."""
+        for node in self._by_id.values():
+            self._close(node)
+        self._by_id.clear()
+        self._by_key.clear()
+        self._open.clear()
+
+    def _close(self, node: Node) -> None:
+        if node.fd < 0:
+            return
+        if node.pinned:
+            self._close_soon(node.fd)
+        else:
+            os.close(node.fd)
+        node.fd = -1

@@ -1,0 +1,33 @@
+"""All handlers of the mount in one object, as pyfuse3 wants them."""
+
+from __future__ import annotations
+
+import trio
+
+from lockfs.fs.attributes import AttributeOperations
+from lockfs.fs.base import Parts
+from lockfs.fs.directories import DirectoryOperations
+from lockfs.fs.files import FileOperations
+from lockfs.fs.names import NameOperations
+
+
+class Operations(NameOperations, AttributeOperations, FileOperations, DirectoryOperations):
+    """The overlay.  `started` is set when the kernel's first request is being answered."""
+
+    supports_dot_lookup = True
+    enable_acl = True
+
+    def __init__(self, parts: Parts) -> None:
+        super().__init__(parts)
+        self.started = trio.Event()
+
+    def init(self) -> None:
+        """Note that the kernel has introduced itself."""
+        self.started.set()
+
+    async def close(self) -> None:
+        """Close every handle, give back every image: the connection has ended."""
+        for handle in self.handles.take_all():
+            await self.close_handle(handle)
+        self.nodes.close()
+        self.work.finish()

@@ -1,0 +1,78 @@
+"""The right to change a file's bytes: the one way by which opens, truncations and a manager's first write get it."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import trio
+
+from lockfs.backend import Mode
+from lockfs.fs.base import Base
+from lockfs.fs.guard import Hold
+from lockfs.fs.handles import FileHandle
+from lockfs.fs.nodes import Node
+from lockfs.fs.work import DAEMON, Caller
+from lockfs.linux.files import proc_path
+from lockfs.protocol.messages import Owner
+
+
+class WriteRights(Base):
+    """Helpers of all operations that change bytes."""
+
+    async def hold_to_write(self, node: Node, owner: Owner, caller: Caller) -> Hold | None:
+        """Take the image of *node* as its writers take it; None if it is not guarded.  Raises as `Guard.hold`."""
+        path = node.path()
+        if not self.guard.policy.guarded(path):
+            return None
+        return await self.guard.hold(node, self.guard.policy.writer(path), owner, caller)
+
+    async def hold_to_read(self, node: Node, caller: Caller) -> Hold | None:
+        """Take a pinned image against writers; None if it is not pinned.  Raises as `Guard.hold`."""
+        if not self.guard.policy.pinned(node.path()):
+            return None
+        owner, _manager = self.owners.of(caller)
+        return await self.guard.hold(node, Mode.SHARED, owner, caller)
+
+    async def claim(self, handle: FileHandle) -> None:
+        """Make sure that *handle* may write at this moment.
+
+        A manager's handle takes the lock here, at its first write.  Raises `Busy`, `LockUnavailable`; OSError(EIO)
+        if the lock was lost.
+        """
+        if handle.manager is not None:
+            await self._claim_for_manager(handle)
+        if handle.hold is not None and handle.hold.lost:
+            raise OSError(errno.EIO, "the lock was lost")
+
+    async def _claim_for_manager(self, handle: FileHandle) -> None:
+        if handle.turn is None:
+            handle.turn = trio.Lock()
+        async with handle.turn:
+            if handle.manager is not None:
+                handle.hold = await self.hold_to_write(handle.node, handle.manager, DAEMON)
+                handle.manager = None
+
+    @asynccontextmanager
+    async def held_to_write(self, node: Node, caller: Caller) -> AsyncIterator[None]:
+        """Hold the image of *node* for the length of one call."""
+        owner, _manager = self.owners.of(caller)
+        hold = await self.hold_to_write(node, owner, caller)
+        try:
+            yield
+        finally:
+            if hold is not None:
+                await self.guard.release(hold)
+
+    async def truncate(self, node: Node, size: int, fh: int | None, caller: Caller) -> None:
+        """Set the size of a file, by an open handle or by name.  Raises as `claim` and `held_to_write`; OSError."""
+        if fh is not None:
+            handle = self.handles.file(fh)
+            await self.claim(handle)
+            await self.work.long(caller, os.ftruncate, handle.fd, size)
+            return
+        async with self.held_to_write(node, caller):
+            with self.nodes.borrow(node) as fd:
+                await self.work.long(caller, os.truncate, proc_path(fd), size)
