@@ -14,12 +14,14 @@ from __future__ import annotations
 import enum
 import errno
 import importlib
+import os
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Protocol, cast
 
 from lockfs.errors import LockfsError, LockUnavailable, UsageError
+from lockfs.text import from_bytes
 
 if TYPE_CHECKING:
     from lockfs.options import Option
@@ -196,7 +198,7 @@ def find(name: str) -> Spec:
             hint = f"It is announced as {point.value}: install the package again, or remove it."
             raise UsageError(f"the backend '{name}' does not load: {error}", hint=hint) from error
     names = ", ".join(sorted(installed())) or "none"
-    raise UsageError(f"unknown backend '{name}'", hint=f"Installed backends: {names}.")
+    raise UsageError(f"unknown backend '{from_bytes(os.fsencode(name))}'", hint=f"Installed backends: {names}.")
 
 
 __all__ = [

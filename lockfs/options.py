@@ -249,7 +249,7 @@ def split(text: str) -> list[str]:
         else:
             part.append(char)
     if quoted:
-        raise UsageError(f"a quote is not closed in the options '{text}'")
+        raise UsageError(f"a quote is not closed in the options '{_shown(text)}'")
     parts.append("".join(part))
     return [each for each in parts if each]
 

@@ -1,7 +1,7 @@
 """mount.lockfs: the program that mount(8) runs for ``mount -t lockfs``.
 
-Its calling form and exit codes are those that mount(8) gives every helper.  It returns only when the mount serves.
-It starts fast: it imports neither trio nor pyfuse3.
+Its calling form and exit codes are those that mount(8) gives every helper.  It returns only when the mount
+serves.  It starts fast: it imports neither trio nor pyfuse3.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ def _meaning(option: Option) -> str:
 
 
 def tables() -> list[tuple[str, Sequence[Option]]]:
-    """Return all tables, each with its title: lockfs's own, then that of each installed backend which loads."""
+    """Return all tables, each with its title: lockfs's own, then that of each installed backend."""
     found: list[tuple[str, Sequence[Option]]] = [("Options of every mount", OPTIONS)]
     for name in sorted(backend.installed()):
         try:

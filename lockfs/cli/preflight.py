@@ -1,7 +1,7 @@
 """What is checked before a mount has any side effect: a mount that cannot work must not come up.
 
-Directories are compared as paths, as inodes and as places in their filesystem, so that neither symbolic links nor
-bind mounts hide that one lies inside the other.
+Directories are compared as paths, as inodes and as places in their filesystem, so that neither symbolic links
+nor bind mounts hide that one lies inside the other.
 """
 
 from __future__ import annotations
@@ -112,8 +112,9 @@ def check(source: Place, mountpoint: Place, fsname: bytes) -> None:
     if mountpoint.is_lockfs_mountpoint:
         raise _taken(source, mountpoint, fsname)
     if source.mount.fstype == FSTYPE:
+        guarded = from_bytes(source.mount.mountpoint)
         raise MountError(
-            f"the source '{source.shown}' is itself on a lockfs mount, '{from_bytes(source.mount.mountpoint)}'",
+            f"the source '{source.shown}' is itself on a lockfs mount, '{guarded}'",
             hint="One mount guards already; mount the directory behind it instead.",
         )
     if mountpoint.is_inside(source):
@@ -123,7 +124,7 @@ def check(source: Place, mountpoint: Place, fsname: bytes) -> None:
         )
     if source.is_inside(mountpoint):
         raise MountError(
-            f"the source '{source.shown}' lies inside the mountpoint '{mountpoint.shown}', which would hide it",
+            f"the source '{source.shown}' lies inside the mountpoint '{mountpoint.shown}', which hides it",
             hint="Choose another mountpoint, or mount the source over itself.",
         )
     check_device()

@@ -18,10 +18,11 @@ from lockfs.options import MountOptions, join, parse
 def remount(place: Place, text: str, run_dir: str, *, sloppy: bool = False) -> None:
     """Give the mount at *place* the flags in the ``-o`` string *text*; those not named stay as they are.
 
-    Raises `LockfsError` if there is no lockfs mount, if a lockfs option would change, or if the kernel refuses.
+    Raises `LockfsError` if there is no lockfs mount, a lockfs option would change, or the kernel refuses.
     """
     if not place.is_lockfs_mountpoint:
-        raise MountError(f"'{place.shown}' is not a mount of lockfs", hint="findmnt -t fuse.lockfs lists them.")
+        hint = "findmnt -t fuse.lockfs lists them."
+        raise MountError(f"'{place.shown}' is not a mount of lockfs", hint=hint)
     wanted = _checked(place, text, run_dir, sloppy)
     flags = mount.flags_of(wanted.flags, current_flags(place.mount))
     try:
@@ -43,7 +44,7 @@ def _checked(place: Place, text: str, run_dir: str, sloppy: bool) -> MountOption
         wanted = parse(text, sloppy=sloppy)
         if wanted.text:
             raise MountError(
-                f"cannot tell whether the options of '{place.shown}' would change: lockd in {run_dir} does not know it",
+                f"the options that '{place.shown}' has are not known: lockd in {run_dir} does not know the mount",
                 hint="Remount with mount flags only, or unmount it and mount it again.",
             )
         return wanted

@@ -24,7 +24,6 @@ MS_REC = 0x4000
 MS_PRIVATE = 0x40000
 MS_RELATIME = 0x200000
 MS_STRICTATIME = 0x1000000
-MS_LAZYTIME = 0x2000000
 
 MNT_FORCE = 0x1
 MNT_DETACH = 0x2
@@ -47,8 +46,6 @@ MS_FLAGS = MappingProxyType(
         "sync": (MS_SYNCHRONOUS, 0),
         "async": (0, MS_SYNCHRONOUS),
         "dirsync": (MS_DIRSYNC, 0),
-        "lazytime": (MS_LAZYTIME, 0),
-        "nolazytime": (0, MS_LAZYTIME),
         # The three ways to keep access times exclude each other: the kernel would take them in its own order.
         "noatime": (MS_NOATIME, _ATIME),
         "atime": (0, MS_NOATIME),

@@ -44,7 +44,8 @@ class MountInfo:
 
 def parse(data: bytes) -> list[MountInfo]:
     """Parse the text of a mountinfo file, in its order: a later mount may cover an earlier one."""
-    return [_parse_line(line) for line in data.splitlines() if line]
+    # Not splitlines(): the kernel escapes a line feed in a name, but no carriage return.
+    return [_parse_line(line) for line in data.split(b"\n") if line]
 
 
 def _parse_line(line: bytes) -> MountInfo:
