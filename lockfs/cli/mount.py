@@ -132,7 +132,7 @@ def take_apart(arguments: Sequence[str]) -> Call:
             case "-t" if value not in TYPES:
                 raise UsageError(f"this program mounts lockfs, not {value}", hint=SEE_HELP)
             case "-h" | "--help":
-                call.show = f"{USAGE}\n{option_help.text()}"
+                call.show = f"{USAGE}\n{option_help.text(option_help.tables())}"
             case "-V" | "--version":
                 call.show = f"{PROGRAM} {__version__}\n"
     return call

@@ -11,6 +11,9 @@ from lockfs.options import OPTIONS, Option
 
 WIDTH = 79
 
+Table = tuple[str, Sequence[Option]]
+"""A title and the options below it."""
+
 
 def lines(options: Iterable[Option], indent: str = "  ") -> list[str]:
     """Return plain text: each option with its argument, below it what it does and its default."""
@@ -30,31 +33,36 @@ def _meaning(option: Option) -> str:
     return f"{option.help} (default: {option.default or 'none'})"
 
 
-def tables() -> list[tuple[str, Sequence[Option]]]:
-    """Return all tables, each with its title: lockfs's own, then that of each installed backend."""
-    found: list[tuple[str, Sequence[Option]]] = [("Options of every mount", OPTIONS)]
+def tables(only: str = "") -> list[Table]:
+    """Return lockfs's own table and that of each installed backend, or only that of the backend *only*.
+
+    Raises `UsageError` if there is no such backend.
+    """
+    if only:
+        return [_table(backend.find(only))]
+    found: list[Table] = [("Options of every mount", OPTIONS)]
     for name in sorted(backend.installed()):
         try:
-            spec = backend.find(name)
+            found.append(_table(backend.find(name)))
         except UsageError as error:
             found.append((f"Backend {name} cannot be used: {error.message}", ()))
-            continue
-        found.append((f"Options of backend {name}: {spec.summary}", spec.options))
     return found
 
 
-def text() -> str:
-    """Return all tables as plain text."""
-    parts = []
-    for title, options in tables():
-        parts.append("\n".join([f"{title}:", *(lines(options) or ["  (none)"])]))
+def _table(spec: backend.Spec) -> Table:
+    return f"Options of the backend {spec.name} ({spec.summary})", spec.options
+
+
+def text(found: Iterable[Table]) -> str:
+    """Return tables as plain text."""
+    parts = ["\n".join([f"{title}:", *(lines(options) or ["  none"])]) for title, options in found]
     return "\n\n".join(parts) + "\n"
 
 
-def markdown() -> str:
-    """Return all tables as one Markdown table."""
+def markdown(found: Iterable[Table]) -> str:
+    """Return tables as one Markdown table."""
     rows = ["| option | default | what it does |", "|---|---|---|"]
-    for _title, options in tables():
+    for _title, options in found:
         rows += [f"| `{_cell(_typed(each))}` | {_default(each)} | {_cell(each.help)} |" for each in options]
     return "\n".join(rows) + "\n"
 

@@ -58,7 +58,7 @@ class Request:
     @property
     def log_hint(self) -> str:
         """Where the daemon logs, for people."""
-        component = "mount-" + from_bytes(self.mountpoint).lstrip("/").replace("/", "-")
+        component = "mount-" + from_bytes(self.mountpoint).strip("/").replace("/", "-")[-200:]
         return f"Its log: journalctl -t 'lockfs-{component}', or log/{component}.log in the run directory."
 
 

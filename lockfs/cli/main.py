@@ -1,0 +1,89 @@
+"""The ``lockfs`` command: look at mounts and locks.  What it shows comes as JSON too, which is the stable form."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from typing import NoReturn
+
+from lockfs import __version__
+from lockfs.errors import EXIT_INTERRUPTED, EXIT_OK, LockfsError, UsageError
+from lockfs.protocol.start import run_dir
+
+EPILOG = "To mount: mount -t lockfs SOURCE MOUNTPOINT; mount.lockfs --help has the options."
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are `UsageError`."""
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse the command line."""
+        raise UsageError(message, hint=f"{self.prog} --help shows how.")
+
+
+def main() -> int:
+    """Run the command and return its exit code."""
+    try:
+        code = _run(parser().parse_args())
+        sys.stdout.flush()
+        return code
+    except LockfsError as error:
+        print(f"lockfs: {error.message}" + (f"\n  {error.hint}" if error.hint else ""), file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:
+        # Whoever read the output has seen enough; the interpreter must not complain when it flushes.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_OK
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    common = Parser(add_help=False)
+    common.add_argument(
+        "--run-dir", default=argparse.SUPPRESS, metavar="DIR", help="run directory of lockd (default: LOCKFS_RUN_DIR)"
+    )
+    shown = Parser(add_help=False)
+    shown.add_argument("--json", action="store_true", help="print JSON")
+    top = Parser(prog="lockfs", description="Look at lockfs mounts and locks.", epilog=EPILOG, parents=[common])
+    top.add_argument("--version", action="version", version=f"lockfs {__version__}")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    who = commands.add_parser("who", parents=[common, shown], help="tell who holds an image, on whatever host")
+    who.add_argument("image", nargs="+", help="path of an image, on a mount or in the directory behind one")
+    who.add_argument("--check", action="store_true", help="exit with 4 if an image is held")
+    commands.add_parser("status", parents=[common, shown], help="show the mounts of this host")
+    commands.add_parser("locks", parents=[common, shown], help="show the images that this host holds")
+    options = commands.add_parser("options", parents=[common], help="list the mount options")
+    options.add_argument("backend", nargs="?", default="", metavar="BACKEND", help="only those of this backend")
+    options.add_argument("--markdown", action="store_true", help="print a Markdown table")
+    return top
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    # Each command imports what it needs: most take no event loop, and a question should be answered at once.
+    directory = getattr(arguments, "run_dir", None) or run_dir()
+    match arguments.command:
+        case "who":
+            from lockfs.cli import who
+
+            return who.run(arguments.image, directory, as_json=arguments.json, check=arguments.check)
+        case "status":
+            from lockfs.cli import show
+
+            return show.status(directory, as_json=arguments.json)
+        case "locks":
+            from lockfs.cli import show
+
+            return show.locks(directory, as_json=arguments.json)
+        case _:
+            from lockfs.cli import option_help
+
+            tables = option_help.tables(arguments.backend)
+            print(option_help.markdown(tables) if arguments.markdown else option_help.text(tables), end="")
+            return EXIT_OK
+
+
+if __name__ == "__main__":
+    sys.exit(main())
