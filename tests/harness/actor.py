@@ -71,8 +71,8 @@ class Actor:
     def ask(self, call: str, *arguments: Any) -> None:
         """Begin a call; `answer` ends it."""
         assert self.process.stdin is not None
-        text = [str(each) if isinstance(each, (Path, os.PathLike)) else each for each in arguments]
-        self.process.stdin.write(json.dumps([call, [os.fspath(e) if hasattr(e, "__fspath__") else e for e in text]]) + "\n")
+        plain = [os.fspath(each) if isinstance(each, os.PathLike) else each for each in arguments]
+        self.process.stdin.write(json.dumps([call, plain]) + "\n")
         self.process.stdin.flush()
         self._call = call
 
