@@ -7,6 +7,7 @@ never hear of.
 
 from __future__ import annotations
 
+import logging
 import socket
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
@@ -15,7 +16,7 @@ from typing import TypeVar
 import msgspec
 import trio
 
-from lockfs.errors import LockUnavailable
+from lockfs.errors import LockfsError, LockUnavailable
 from lockfs.protocol import messages, varlink
 from lockfs.protocol.errors import HeldError, InvalidCall, NotHeld, UnknownMount, from_wire
 from lockfs.protocol.start import SOCKET, ensure_lockd, short_path
@@ -28,7 +29,11 @@ RELEASES = 32
 KEPT = 32
 """Idle connections that are kept for the next call."""
 
+CONNECT_PAUSE = 0.005
+"""Seconds before the next try to connect where lockd has more callers than it can accept at once."""
+
 T = TypeVar("T", bound=msgspec.Struct)
+log = logging.getLogger(__name__)
 
 
 class LockdClient:
@@ -94,11 +99,37 @@ class LockdClient:
             except (HeldError, NotHeld, UnknownMount, InvalidCall):
                 self._keep(wire)
                 raise
+            except trio.Cancelled:
+                if isinstance(request, messages.Acquire):
+                    await self._take_back(wire, request)
+                wire.close()
+                raise
             except BaseException:
                 wire.close()
                 raise
             self._keep(wire)
             return answer
+
+    async def _take_back(self, wire: Wire, request: messages.Acquire) -> None:
+        """Make sure that an acquire which was cancelled has taken nothing.
+
+        lockd ends the wait when we have nothing more to send.  It may have granted the lock before that,
+        and its answer may be under way; so this waits for the answer, or for the end of the connection,
+        which says that there is none.
+        """
+        with trio.CancelScope(shield=True):
+            wire.end_sending()
+            try:
+                _, fds = await _receive(wire, messages.Acquired)
+            except LockfsError:
+                return
+            close_all(fds)
+            image, owner = request.image, request.owner
+            release = messages.Release(request.mount_id, image.dev, image.ino, request.mode, owner.key)
+            try:
+                await self.call(release, messages.Released)
+            except LockfsError as error:
+                log.info("could not give back what a cancelled call had taken: %s", error)
 
     def _keep(self, wire: Wire) -> None:
         if len(self._idle) < KEPT and not self._closed:
@@ -109,17 +140,28 @@ class LockdClient:
     async def _open(self) -> Wire:
         if self._closed:
             raise LockUnavailable("the client of lockd is closed")
-        sock = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
-            with short_path(self._run_dir, SOCKET) as address:
-                await sock.connect(address)
+            sock.setblocking(False)
+            await self._connect(sock)
         except OSError as error:
             sock.close()
             raise LockUnavailable(f"lockd is not running in {self._run_dir} ({error.strerror})") from error
         except BaseException:
             sock.close()
             raise
-        return Wire(sock)
+        return Wire(trio.socket.from_stdlib_socket(sock))
+
+    async def _connect(self, sock: socket.socket) -> None:
+        while True:
+            try:
+                with short_path(self._run_dir, SOCKET) as address:
+                    sock.connect(address)
+            except BlockingIOError:
+                # Too many others are waiting to be accepted; a Unix socket cannot wait for that by itself.
+                await trio.sleep(CONNECT_PAUSE)
+            else:
+                return
 
     async def locks(self) -> list[messages.LockInfo]:
         """Return all locks that this host holds."""

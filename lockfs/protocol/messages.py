@@ -143,9 +143,8 @@ class Acquire(msgspec.Struct, frozen=True):
 class Acquired(msgspec.Struct, frozen=True, omit_defaults=True):
     """`since` and `token` are those of the lock.
 
-    Descriptors that ride along must be kept open as long as this hold lasts: the lock lives in them too.
-    If the lock is on another descriptor than the one that was sent with the call, that one is the first of
-    them.
+    Descriptors that ride along come with the first hold that a mount has on an image, and must be kept open
+    until its last one is released: the lock lives in them too.
     """
 
     since: float

@@ -9,6 +9,7 @@ Invariants:
 from __future__ import annotations
 
 import array
+import errno
 import os
 import socket
 from collections.abc import Iterable, Sequence
@@ -58,7 +59,7 @@ class Wire:
             if not data:
                 if self._splitter.between_messages:
                     return None
-                raise ProtocolError("the connection ended within a message")
+                raise ConnectionResetError(errno.ECONNRESET, "the connection ended within a message")
             self._splitter.feed(data)
         fds, self._fds = self._fds, []
         return message, fds
@@ -76,6 +77,13 @@ class Wire:
         if fds and (not self._splitter.between_messages or b"\0" in data[:-1]):
             raise ProtocolError("descriptors came with a message that was pipelined")
         return data
+
+    def end_sending(self) -> None:
+        """Tell the peer that nothing more comes; what it has to say can still be received."""
+        try:
+            self.socket.shutdown(socket.SHUT_WR)
+        except OSError:
+            pass  # it has hung up already
 
     def close(self) -> None:
         """Close the connection and what nobody fetched."""

@@ -1,0 +1,51 @@
+"""A backend that excludes nobody, on this host or another, and never waits."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+
+import trio
+
+from lockfs.backend import Context, Grant, Holder, Host, Image, Mode
+
+
+class NopBackend:
+    """See the module; what each method is for stands in `lockfs.backend.Backend`."""
+
+    excludes = False
+
+    def __init__(self, context: Context) -> None:
+        self._stopped = trio.Event()
+
+    async def start(self) -> None:
+        """Nothing can be missing."""
+
+    async def stop(self) -> None:
+        """End the stream of losses."""
+        self._stopped.set()
+
+    async def acquire(self, image: Image, mode: Mode, holder: Holder) -> Grant:
+        """Grant it."""
+        return Grant(image, mode)
+
+    async def convert(self, grant: Grant, mode: Mode, holder: Holder) -> None:
+        """Grant it in the other mode."""
+        grant.mode = mode
+
+    async def release(self, grant: Grant) -> None:
+        """Forget it."""
+
+    async def inspect(self, image: Image) -> Holder | None:
+        """No other host tells this one anything."""
+        return None
+
+    async def hosts(self) -> Sequence[Host]:
+        """No other host is known."""
+        return ()
+
+    async def lost(self) -> AsyncIterator[Grant]:
+        """What is never kept is never lost."""
+        await self._stopped.wait()
+        nothing: Sequence[Grant] = ()
+        for grant in nothing:
+            yield grant

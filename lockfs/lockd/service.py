@@ -1,0 +1,214 @@
+"""The methods of the interface ``io.lockfs.Lockd``: from messages to the table and back."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from functools import partial
+
+import msgspec
+
+import lockfs
+from lockfs import text
+from lockfs.backend import Holder, Image, Mode
+from lockfs.lockd.descriptor import Descriptor
+from lockfs.lockd.events import Events
+from lockfs.lockd.lock import Lock
+from lockfs.lockd.share import Mounted
+from lockfs.lockd.shares import Shares
+from lockfs.lockd.table import Ask, Table
+from lockfs.protocol import messages
+from lockfs.protocol.varlink import MESSAGE_LIMIT, ProtocolError
+
+LIST_BYTES = MESSAGE_LIMIT // 2
+"""Bytes of locks in one answer; one lock more, and the envelope, fit in the other half."""
+LIST_OWNERS = 200
+"""Owners of one lock that are listed."""
+
+
+@dataclass(slots=True)
+class Client:
+    """The other end of a connection; `mounted` is the mount whose life line it is."""
+
+    pid: int
+    uid: int
+    mounted: Mounted | None = None
+
+
+class Descriptors:
+    """The descriptors that came with a call; `take` hands one out, and what is left is closed at the end."""
+
+    def __init__(self, fds: Sequence[int]) -> None:
+        self.left: dict[int, int] = dict(enumerate(fds))
+
+    def peek(self, index: int) -> int:
+        """Return a descriptor that stays here."""
+        try:
+            return self.left[index]
+        except KeyError:
+            raise ProtocolError(f"descriptor {index} did not come with the call") from None
+
+    def take(self, index: int) -> int:
+        """Return a descriptor that is the caller's from here on."""
+        fd = self.peek(index)
+        del self.left[index]
+        return fd
+
+
+@dataclass(slots=True)
+class Answer:
+    """A reply with the descriptors to send with it (they stay the table's), and what to undo if it cannot
+    be sent.
+    """
+
+    parameters: msgspec.Struct
+    fds: Sequence[int] = ()
+    undo: Callable[[], Awaitable[None]] | None = field(default=None)
+
+
+class Service:
+    """What the interface does.  Methods raise `LockfsError` for what goes to the caller as an error."""
+
+    def __init__(self, table: Table, shares: Shares, events: Events, run_dir: str) -> None:
+        self._table = table
+        self._shares = shares
+        self._events = events
+        self._run_dir = run_dir
+        self._since = time.time()
+
+    async def call(self, client: Client, request: msgspec.Struct, fds: Descriptors) -> Answer:
+        """Do what *request* asks for, but for `Watch`."""
+        match request:
+            case messages.Acquire():
+                return await self._acquire(client, request, fds)
+            case messages.Release():
+                mounted = self._shares.get(request.mount_id, client.pid)
+                mode = Mode(request.mode)
+                await self._table.release(mounted, request.dev, request.ino, request.owner, mode)
+                return Answer(messages.Released())
+            case messages.Inspect():
+                return await self._inspect(client, request, fds)
+            case messages.Register():
+                return await self._register(client, request, fds)
+            case messages.ListLocks():
+                return Answer(self._list(request.after))
+            case messages.GetStatus():
+                return Answer(self._status())
+            case _:
+                raise ProtocolError(f"{type(request).__name__} is not a call")
+
+    def watch(self, drop: Callable[[], None]) -> AbstractContextManager[AsyncIterator[messages.Event]]:
+        """Within the context, iterate over what happens; *drop* is called if that is too slow."""
+        return self._events.watch(drop)
+
+    async def leave(self, client: Client) -> None:
+        """The connection has closed: if it was the life line of a mount, that is gone."""
+        if client.mounted is not None:
+            await self._shares.leave(client.mounted)
+
+    async def _register(self, client: Client, request: messages.Register, fds: Descriptors) -> Answer:
+        if client.mounted is not None:
+            raise ProtocolError("this connection is the life line of another mount already")
+        mounted = await self._shares.join(request.mount, fds.peek(request.source_fd), client.pid)
+        client.mounted = mounted
+        return Answer(
+            messages.Registered(mounted.mount_id, self._shares.host, mounted.share.backend.excludes),
+        )
+
+    async def _acquire(self, client: Client, request: messages.Acquire, fds: Descriptors) -> Answer:
+        mounted = self._shares.get(request.mount_id, client.pid)
+        fd = Descriptor(fds.take(request.lock_fd), mounted.share.storage.closer)
+        mode, owner = Mode(request.mode), request.owner
+        holder = Holder(
+            host=self._shares.host,
+            mode=mode,
+            pid=owner.pid,
+            command=owner.command,
+            vm=owner.vm,
+            since=time.time(),
+            path=request.image.path,
+        )
+        image = _image(request.image, fd)
+        ask = Ask(mounted, image, fd, mode, owner.key, holder, max(request.wait, 0.0))
+        lock = await self._table.acquire(ask)
+        # From here to the answer nothing may wait: a hold that nobody answers for would stay.
+        return Answer(
+            messages.Acquired(lock.since, lock.grant.token if lock.grant else None),
+            _to_keep(lock, ask) if ask.first else (),
+            partial(self._table.release, mounted, image.dev, image.ino, owner.key, mode),
+        )
+
+    async def _inspect(self, client: Client, request: messages.Inspect, fds: Descriptors) -> Answer:
+        mounted = self._shares.get(request.mount_id, client.pid)
+        fd = Descriptor(fds.take(request.lock_fd), mounted.share.storage.closer)
+        return Answer(messages.Inspected(await self._table.inspect(mounted, _image(request.image, fd), fd)))
+
+    def _status(self) -> messages.Status:
+        counts: dict[str, int] = {}
+        for lock in self._table.locks.values():
+            for mount_id in {hold.mounted.mount_id for hold in lock.holds.values()}:
+                counts[mount_id] = counts.get(mount_id, 0) + 1
+        return messages.Status(
+            host=self._shares.host,
+            version=lockfs.__version__,
+            pid=os.getpid(),
+            run_dir=self._run_dir,
+            since=self._since,
+            mounts=[
+                messages.MountInfo(each.mount_id, each.mount, each.pid, each.since, counts.get(each.mount_id, 0))
+                for each in self._shares.mounts.values()
+            ],
+            locks=sum(1 for lock in self._table.locks.values() if lock.grant),
+        )
+
+    def _list(self, after: str) -> messages.Locks:
+        try:
+            begin = tuple(int(part) for part in after.split(".")) if after else (-1,)
+        except ValueError:
+            raise ProtocolError(f"'{after}' is not where a list of locks ended") from None
+        found: list[messages.LockInfo] = []
+        size, last = 0, begin
+        for key in sorted(key for key, lock in self._table.locks.items() if lock.grant and key > begin):
+            if size > LIST_BYTES:
+                return messages.Locks(found, ".".join(map(str, last)))
+            info = _describe(self._table.locks[key])
+            if info is not None:
+                found.append(info)
+                size += len(msgspec.json.encode(info))
+            last = key
+        return messages.Locks(found)
+
+
+def _image(image: messages.Image, fd: Descriptor) -> Image:
+    relative, path = text.to_bytes(image.relative), text.to_bytes(image.path)
+    return Image(fd.number, image.dev, image.ino, relative, path)
+
+
+def _to_keep(lock: Lock, ask: Ask) -> list[int]:
+    """What a mount has to keep open with its first hold: the lock's descriptor if it is another mount's,
+    and more.
+    """
+    if lock.grant is None or lock.fd is None:
+        return []
+    foreign = [lock.fd.number] if lock.fd is not ask.fd else []
+    return [*foreign, *lock.grant.keep]
+
+
+def _describe(lock: Lock) -> messages.LockInfo | None:
+    if lock.grant is None or lock.mount is None:
+        return None
+    image = lock.grant.image
+    holds = list(lock.holds.values())[:LIST_OWNERS]
+    return messages.LockInfo(
+        source=lock.mount.mount.source,
+        mountpoint=lock.mount.mount.mountpoint,
+        image=messages.Image(image.dev, image.ino, text.from_bytes(image.relative), text.from_bytes(image.path)),
+        mode=lock.grant.mode.value,
+        since=lock.since,
+        backend=lock.share.backend_name,
+        owners=[messages.HolderInfo.of(hold.holder, here=True) for hold in holds],
+        token=lock.grant.token,
+    )

@@ -1,0 +1,51 @@
+"""A share that is mounted on this host, its backend, and the mounts of it."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import trio
+
+from lockfs.backend import Backend
+from lockfs.lockd.descriptor import Descriptor
+from lockfs.lockd.storage import Storage
+from lockfs.protocol import messages
+
+_numbers = itertools.count(1)
+
+
+@dataclass(slots=True, eq=False)
+class Share:
+    """One source directory, known by device and inode number of its top, with the backend that all its
+    mounts use.
+
+    `options` are the parsed options of the backend, `top` a descriptor of the top.  `overdue` makes it a
+    place of storage calls that are about the share as a whole.
+    """
+
+    dev: int
+    ino: int
+    source: str
+    backend_name: str
+    options: Mapping[str, object]
+    top: Descriptor
+    backend: Backend
+    storage: Storage
+    mounts: dict[str, Mounted] = field(default_factory=dict)
+    overdue: int = 0
+    number: int = field(default_factory=lambda: next(_numbers))
+    ended: trio.CancelScope = field(default_factory=trio.CancelScope)
+
+
+@dataclass(slots=True, eq=False)
+class Mounted:
+    """A registered mount.  `pid` is that of its daemon, which alone may speak for it."""
+
+    mount_id: str
+    mount: messages.Mount
+    pid: int
+    share: Share
+    since: float = field(default_factory=time.time)

@@ -1,0 +1,222 @@
+"""Which shares and mounts there are: registration, the backend of each share, and the end of a mount.
+
+One share has one backend with one set of options, whatever mount it is reached by: two ways to agree on
+locks would exclude nobody.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import time
+from collections.abc import Mapping
+from functools import partial
+
+import trio
+
+from lockfs import options, text
+from lockfs.backend import Backend, Context, Spec, find
+from lockfs.errors import LockfsError, MountError
+from lockfs.linux import mountinfo
+from lockfs.lockd.descriptor import Descriptor
+from lockfs.lockd.events import Events
+from lockfs.lockd.share import Mounted, Share
+from lockfs.lockd.storage import STORAGE_TIMEOUT, Job, Storage
+from lockfs.lockd.table import Table
+from lockfs.protocol import messages
+from lockfs.protocol.errors import UnknownMount
+
+SETTLERS = 16
+"""Locks of a mount that is gone that are given back at once."""
+
+log = logging.getLogger(__name__)
+
+
+class Shares:
+    """The shares of this host and their mounts.  *host* is the name of this host among the others."""
+
+    def __init__(self, nursery: trio.Nursery, table: Table, events: Events, host: str, run_dir: str) -> None:
+        self.mounts: dict[str, Mounted] = {}
+        self.host = host
+        self._nursery = nursery
+        self._table = table
+        self._events = events
+        self._run_dir = run_dir
+        self._shares: dict[tuple[int, int], Share] = {}
+        self._gates: dict[tuple[int, int], trio.Lock] = {}
+
+    def get(self, mount_id: str, pid: int) -> Mounted:
+        """Return the mount that process *pid* registered.  Raises `UnknownMount`."""
+        mounted = self.mounts.get(mount_id)
+        if mounted is None or mounted.pid != pid:
+            raise UnknownMount(mount_id)
+        return mounted
+
+    async def join(self, mount: messages.Mount, source_fd: int, pid: int) -> Mounted:
+        """Register a mount; the descriptor stays the caller's.
+
+        Raises `MountError` if the share cannot be mounted so.
+        """
+        try:
+            with trio.fail_after(STORAGE_TIMEOUT):
+                info = await trio.to_thread.run_sync(os.fstat, source_fd, abandon_on_cancel=True)
+                spec = await trio.to_thread.run_sync(find, mount.backend)
+            values = parse_options(spec, mount.options)
+            identity = (info.st_dev, info.st_ino)
+            async with self._gates.setdefault(identity, trio.Lock()):
+                share = self._shares.get(identity)
+                if share is not None and self._is_unused(share):
+                    await self._close(share)
+                    share = None
+                if share is None:
+                    share = await self._open(mount, source_fd, identity, spec, values, pid)
+                _check_same(share, mount, values)
+                mounted = Mounted(secrets.token_hex(8), mount, pid, share)
+                self.mounts[mounted.mount_id] = share.mounts[mounted.mount_id] = mounted
+        except trio.TooSlowError:
+            raise MountError(f"the storage of {mount.source} does not answer") from None
+        except MountError:
+            raise
+        except (LockfsError, OSError) as error:
+            message = error.message if isinstance(error, LockfsError) else str(error)
+            raise MountError(message, hint=getattr(error, "hint", "")) from error
+        log.info("mounted: %s on %s, backend %s, process %d", mount.source, mount.mountpoint, mount.backend, pid)
+        self._tell("mounted", mounted)
+        return mounted
+
+    async def _open(
+        self,
+        mount: messages.Mount,
+        source_fd: int,
+        identity: tuple[int, int],
+        spec: Spec,
+        values: Mapping[str, object],
+        pid: int,
+    ) -> Share:
+        storage = Storage(self._nursery, mount.source)
+        top = Descriptor(os.dup(source_fd), storage.closer)
+        try:
+            make = partial(_context, mount, top.number, values, self.host, self._run_dir, pid)
+            context = await trio.to_thread.run_sync(make)
+            backend = await trio.to_thread.run_sync(spec.load, context)
+            share = Share(*identity, mount.source, mount.backend, values, top, backend, storage)
+            await storage.run(share, partial(_start, backend, top))
+        except BaseException:
+            top.close()
+            raise
+        self._shares[identity] = share
+        self._nursery.start_soon(self._heed_losses, share)
+        return share
+
+    async def _heed_losses(self, share: Share) -> None:
+        with share.ended:
+            async for grant in share.backend.lost():
+                self._table.lose(share, grant)
+
+    async def leave(self, mounted: Mounted) -> None:
+        """Forget a mount whose daemon is gone, and free what it held; returns when that is done."""
+        share = mounted.share
+        del self.mounts[mounted.mount_id]
+        del share.mounts[mounted.mount_id]
+        locks = self._table.abandon(mounted)
+        log.info("unmounted: %s; it leaves %d locks to release", mounted.mount.mountpoint, len(locks))
+        self._tell("unmounted", mounted)
+        todo = iter(locks)
+
+        async def settle() -> None:
+            for lock in todo:
+                await self._table.settle(lock)
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(min(SETTLERS, len(locks))):
+                nursery.start_soon(settle)
+        async with self._gates[share.dev, share.ino]:
+            if self._is_unused(share):
+                await self._close(share)
+
+    def _is_unused(self, share: Share) -> bool:
+        known = self._shares.get((share.dev, share.ino)) is share
+        return known and not share.mounts and not self._table.uses(share)
+
+    async def _close(self, share: Share) -> None:
+        share.ended.cancel()
+        await share.storage.finish(share, lambda _: share.backend.stop())
+        share.top.close()
+        del self._shares[share.dev, share.ino]
+
+    def _tell(self, kind: str, mounted: Mounted) -> None:
+        self._events.publish(messages.Event(kind, time.time(), mountpoint=mounted.mount.mountpoint))
+
+
+def parse_options(spec: Spec, given: Mapping[str, str]) -> dict[str, object]:
+    """Return the values of a backend's options, and of ``key``, which it may go by.
+
+    Raises `MountError` for a value that cannot be.
+    """
+    table = [*spec.options, *(option for option in options.OPTIONS if option.name == "key")]
+    values: dict[str, object] = {}
+    for option in table:
+        value = given.get(option.name, option.default)
+        try:
+            values[option.name] = option.parse(value)
+        except ValueError as error:
+            raise MountError(f"option {option.name}={value}: must be {error}") from None
+    return values
+
+
+def _check_same(share: Share, mount: messages.Mount, values: Mapping[str, object]) -> None:
+    if (share.backend_name, share.options) == (mount.backend, values):
+        return
+    other = next(iter(share.mounts.values())).mount.mountpoint if share.mounts else "a mount that is going away"
+    if share.backend_name != mount.backend:
+        what = f"with backend {share.backend_name}, not {mount.backend}"
+    else:
+        wrong = [name for name, value in values.items() if share.options.get(name) != value]
+        what = f"with other values of: {', '.join(wrong)}"
+    raise MountError(
+        f"{mount.source} is already mounted on {other} {what}",
+        hint=f"All mounts of one directory must agree on this. Use the same, or unmount {other} first.",
+    )
+
+
+async def _start(backend: Backend, top: Descriptor, job: Job[None]) -> None:
+    with top.in_use():
+        await backend.start()
+        if job.given_up():
+            with trio.CancelScope(shield=True):
+                await backend.stop()
+
+
+def _context(
+    mount: messages.Mount, source_fd: int, values: Mapping[str, object], host: str, run_dir: str, pid: int
+) -> Context:
+    fstype, fsoptions = _filesystem(source_fd, pid)
+    return Context(
+        source_fd=source_fd,
+        source=text.to_bytes(mount.source),
+        mountpoint=text.to_bytes(mount.mountpoint),
+        fstype=fstype,
+        fsoptions=fsoptions,
+        host=host,
+        options=values,
+        run_dir=run_dir,
+    )
+
+
+def _filesystem(fd: int, pid: int) -> tuple[str, Mapping[str, str]]:
+    """Return type and options of the filesystem that *fd* is on, as the mount daemon *pid* or we see it.
+
+    The daemon comes first: it may be in a mount namespace of its own.
+    """
+    wanted = mountinfo.mount_id(fd)
+    for process in (str(pid), "self"):
+        try:
+            with open(f"/proc/{process}/mountinfo", "rb") as file:
+                mounts = mountinfo.parse(file.read())
+        except OSError:
+            continue
+        for each in mounts:
+            if each.mount_id == wanted:
+                return each.fstype, each.fsoptions
+    raise MountError("it cannot be seen how the source is mounted: its mount is in no namespace that lockd can see")

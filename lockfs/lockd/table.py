@@ -1,0 +1,327 @@
+"""The lock table: what this host holds, who here holds it, and how that changes.
+
+Invariants, beside those of `lockfs.lockd.lock`:
+* The backend is asked by whoever has the lock's `transition`, in a task of `Storage`; so calls for one
+  image never overlap, also when one of them hangs, and calls for different images do.
+* A hold is taken away at once, the grant is given back after it; whoever comes in between finds a grant
+  that is stronger than wanted, and settles that first.
+* Nobody has a transition while waiting for another owner, so a release is never behind such a wait.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
+
+import trio
+
+from lockfs import text
+from lockfs.backend import Backend, Busy, Grant, Holder, Image, Mode
+from lockfs.errors import LockfsError, LockUnavailable
+from lockfs.lockd.descriptor import Descriptor
+from lockfs.lockd.events import Events
+from lockfs.lockd.lock import Key, Lock, Waiter
+from lockfs.lockd.share import Mounted, Share
+from lockfs.lockd.storage import Job
+from lockfs.protocol.errors import HeldError, NotHeld
+from lockfs.protocol.messages import Event, HolderInfo
+
+LOCAL_GRACE = 0.1
+"""Seconds that a conflict on this host may last at least: a RELEASE comes after the close(2) that caused
+it.
+"""
+POLL_FIRST, POLL_LAST = 0.010, 0.050
+"""Seconds between two looks at a lock that another host has: a hand-over takes a few milliseconds, a longer
+wait must not become a load."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Ask:
+    """One acquire: for which mount, of what (`image.fd` is the number of `fd`), how, for whom, and how
+    patiently.
+
+    `first` is set if it gives this mount its first hold of the lock.
+    """
+
+    mounted: Mounted
+    image: Image
+    fd: Descriptor
+    mode: Mode
+    owner: str
+    holder: Holder
+    wait: float
+    first: bool = False
+
+
+class Table:
+    """All locks of this host."""
+
+    def __init__(self, events: Events) -> None:
+        self.locks: dict[Key, Lock] = {}
+        self._events = events
+
+    # Acquire ---------------------------------------------------------------------------------
+
+    async def acquire(self, ask: Ask) -> Lock:
+        """Take or share the lock, and return it; the descriptor is the table's from here on.
+
+        Raises `HeldError` if another owner has it for longer than the caller waits, and `LockUnavailable`.
+        Whoever is cancelled in it holds nothing.
+        """
+        lock = self._find(ask.mounted.share, ask.image)
+        lock.users += 1
+        waiter = lock.enter(ask.owner)
+        try:
+            await self._wait_and_take(lock, waiter, ask)
+            return lock
+        except HeldError as error:
+            self._refused(ask, error)
+            raise
+        finally:
+            lock.leave(waiter)
+            lock.users -= 1
+            if lock.fd is not ask.fd:
+                ask.fd.close()
+            self._forget_if_idle(lock)
+
+    async def _wait_and_take(self, lock: Lock, waiter: Waiter, ask: Ask) -> None:
+        begin = trio.current_time()
+        here_until, elsewhere_until = begin + max(ask.wait, LOCAL_GRACE), begin + ask.wait
+        pause = POLL_FIRST
+        while True:
+            last = trio.current_time() >= here_until
+            look_again = here_until
+            # Who has waited in vain behind others gets one try out of turn: a refusal needs a holder.
+            if lock.queue[0] is waiter or last:
+                blocker = lock.blocker(ask.owner, ask.mode)
+                if blocker is None:
+                    try:
+                        if await self._take(lock, ask):
+                            return
+                    except Busy as busy:
+                        if trio.current_time() >= elsewhere_until:
+                            raise HeldError(busy.holder, here=False) from None
+                        look_again = min(elsewhere_until, trio.current_time() + pause)
+                        pause = min(pause * 1.5, POLL_LAST)
+                elif last:
+                    raise HeldError(blocker, here=True)
+            with trio.move_on_at(look_again):
+                await waiter.turn.wait()
+            waiter.turn = trio.Event()
+
+    async def _take(self, lock: Lock, ask: Ask) -> bool:
+        """Take or strengthen the grant, and add the hold.  Return False if an owner here was faster."""
+        if lock.lost:
+            raise LockUnavailable(
+                "the lock on this image was lost; it can be had again when all who have it open for writing are gone"
+            )
+        if lock.share is not ask.mounted.share:
+            raise LockUnavailable(
+                f"the image is locked by way of {lock.share.source}, which {ask.mounted.share.source} overlaps with"
+            )
+        if lock.covers(ask.mode):
+            ask.first = lock.add(ask.mounted, ask.owner, ask.mode, ask.holder)
+            return True
+
+        async def work(job: Job[bool]) -> bool:
+            with ask.fd.in_use():
+                async with lock.transition:
+                    return await self._transit(lock, ask, job)
+
+        return await lock.share.storage.run(lock, work)
+
+    async def _transit(self, lock: Lock, ask: Ask, job: Job[bool]) -> bool:
+        await self._settle(lock)
+        if job.given_up() or lock.lost or lock.blocker(ask.owner, ask.mode) is not None:
+            return False
+        backend = lock.share.backend
+        if lock.grant is None:
+            grant = await backend.acquire(ask.image, ask.mode, ask.holder)
+            if job.given_up():
+                with trio.CancelScope(shield=True):
+                    await _give_back(backend, grant)
+                return False
+            lock.grant, lock.fd, lock.mount, lock.since = grant, ask.fd, ask.mounted, time.time()
+            self._tell("acquired", lock, ask.holder)
+        elif lock.grant.mode is Mode.SHARED and ask.mode is Mode.EXCLUSIVE:
+            await backend.convert(lock.grant, Mode.EXCLUSIVE, ask.holder)
+            if job.given_up():
+                with trio.CancelScope(shield=True):
+                    await self._settle(lock)
+                return False
+        ask.first = lock.add(ask.mounted, ask.owner, ask.mode, ask.holder)
+        return True
+
+    def _refused(self, ask: Ask, error: HeldError) -> None:
+        path = ask.holder.path
+        log.info("refused: %s for %s (%s); it is held by %s", path, ask.holder, ask.mode.value, error.holder)
+        self._events.publish(
+            Event(
+                kind="refused",
+                time=time.time(),
+                mountpoint=ask.mounted.mount.mountpoint,
+                image=path,
+                mode=ask.mode.value,
+                holder=HolderInfo.of(error.holder, here=error.here),
+                owner=HolderInfo.of(ask.holder, here=True),
+            )
+        )
+
+    # Release ---------------------------------------------------------------------------------
+
+    async def release(self, mounted: Mounted, dev: int, ino: int, owner: str, mode: Mode) -> None:
+        """Take one hold away, and give the lock back if it was the last.
+
+        Returns when that is done, or when the storage does not answer in time: it is done then as soon as
+        it does. Raises `NotHeld`.
+        """
+        lock = self.locks.get(_key(mounted.share, dev, ino))
+        if lock is None or not lock.remove(mounted.mount_id, owner, mode):
+            raise NotHeld(dev, ino)
+        lock.kick()
+        if lock.unsettled:
+            await lock.share.storage.insist(lock, partial(self._settle_alone, lock))
+        self._forget_if_idle(lock)
+
+    def abandon(self, mounted: Mounted) -> list[Lock]:
+        """Take all holds of a mount away.  Return the locks that are to be settled now."""
+        touched = [lock for lock in self.locks.values() if lock.remove_mount(mounted.mount_id)]
+        for lock in touched:
+            lock.kick()
+        return touched
+
+    async def settle(self, lock: Lock) -> None:
+        """Give back what is not wanted any more, however long it takes."""
+        if lock.unsettled:
+            await lock.share.storage.finish(lock, partial(self._settle_alone, lock))
+        self._forget_if_idle(lock)
+
+    async def _settle_alone(self, lock: Lock, _: Job[None]) -> None:
+        async with lock.transition:
+            await self._settle(lock)
+        lock.kick()
+        self._forget_if_idle(lock)
+
+    async def _settle(self, lock: Lock) -> None:
+        """Make the grant as weak as what is wanted.  The caller has the transition."""
+        if lock.grant is None or not lock.unsettled:
+            return
+        backend = lock.share.backend
+        if lock.wanted is not None:
+            try:
+                await backend.convert(lock.grant, lock.wanted, next(iter(lock.holders())))
+            except LockfsError as error:
+                # Too strong a lock is safe; whoever wants to share it on another host is told that it is
+                # held.
+                log.warning("%s stays locked exclusively: %s", _path(lock), error)
+            return
+        await _give_back(backend, lock.grant)
+        self._tell("released", lock, None)
+        if lock.fd is not None:
+            lock.fd.close()
+        lock.grant, lock.fd, lock.mount, lock.lost = None, None, None, False
+
+    # What else there is ----------------------------------------------------------------------
+
+    async def inspect(self, mounted: Mounted, image: Image, fd: Descriptor) -> list[HolderInfo]:
+        """Return who holds an image, here or on another host; the descriptor is the table's from here on."""
+        share = mounted.share
+        lock = self._find(share, image)
+        lock.users += 1
+
+        async def work(_: Job[list[HolderInfo]]) -> list[HolderInfo]:
+            with fd.in_use():
+                async with lock.transition:
+                    await self._settle(lock)
+                    if lock.holds:
+                        return [HolderInfo.of(each, here=True) for each in lock.holders()]
+                    found = await share.backend.inspect(image)
+                    return [] if found is None else [HolderInfo.of(found)]
+
+        try:
+            if lock.holds:
+                return [HolderInfo.of(each, here=True) for each in lock.holders()]
+            return await share.storage.run(lock, work)
+        finally:
+            fd.close()
+            lock.users -= 1
+            self._forget_if_idle(lock)
+
+    def lose(self, share: Share, grant: Grant) -> None:
+        """Take note that a grant is no longer safe: nothing more is granted for it until its holders are
+        gone.
+        """
+        lock = self.locks.get(_key(share, grant.image.dev, grant.image.ino))
+        if lock is None or lock.grant is not grant:
+            return
+        lock.lost = True
+        log.error("lost the lock on %s; held here by %s", _path(lock), _people(lock.holders()))
+        for hold in lock.holds.values():
+            self._events.publish(
+                Event(
+                    kind="lost",
+                    time=time.time(),
+                    mountpoint=hold.mounted.mount.mountpoint,
+                    image=hold.holder.path,
+                    mode=hold.mode.value,
+                    owner=HolderInfo.of(hold.holder, here=True),
+                    reason=f"backend {share.backend_name} can no longer keep it",
+                )
+            )
+        lock.kick()
+
+    def uses(self, share: Share) -> bool:
+        """Say whether there is any lock of this share."""
+        return any(lock.share is share for lock in self.locks.values())
+
+    def _find(self, share: Share, image: Image) -> Lock:
+        key = _key(share, image.dev, image.ino)
+        lock = self.locks.get(key)
+        if lock is None:
+            lock = self.locks[key] = Lock(key, share)
+        return lock
+
+    def _forget_if_idle(self, lock: Lock) -> None:
+        if lock.idle and self.locks.get(lock.key) is lock:
+            del self.locks[lock.key]
+
+    def _tell(self, kind: str, lock: Lock, owner: Holder | None) -> None:
+        if lock.grant is None or lock.mount is None:
+            return
+        path = _path(lock)
+        log.debug("%s: %s (%s) %s", kind, path, lock.grant.mode.value, owner or "")
+        self._events.publish(
+            Event(
+                kind=kind,
+                time=time.time(),
+                mountpoint=lock.mount.mount.mountpoint,
+                image=path,
+                mode=lock.grant.mode.value,
+                owner=HolderInfo.of(owner, here=True) if owner else None,
+            )
+        )
+
+
+async def _give_back(backend: Backend, grant: Grant) -> None:
+    try:
+        await backend.release(grant)
+    except LockfsError as error:
+        # The descriptors of the lock are closed next, which ends what the storage still has of it.
+        log.warning("could not give back the lock on inode %d: %s", grant.image.ino, error)
+
+
+def _key(share: Share, dev: int, ino: int) -> Key:
+    return (0 if share.backend.excludes else share.number, dev, ino)
+
+
+def _path(lock: Lock) -> str:
+    return text.from_bytes(lock.grant.image.path) if lock.grant else "?"
+
+
+def _people(holders: Iterable[Holder]) -> str:
+    return "; ".join(str(each) for each in holders) or "nobody"
