@@ -62,8 +62,8 @@ class Difference:
         return self.concerns(case) and any(fnmatchcase(step, glob) for glob in self.steps)
 
     def concerns(self, case: str) -> bool:
-        """Say whether this must show in a case.  Brackets in the glob are meant literally."""
-        return fnmatchcase(case, self.cases.replace("[", "[[]"))
+        """Say whether this must show in a case."""
+        return fnmatchcase(case, self.cases)
 
 
 def compare(case: Case, pair: Pair, name: str) -> list[Gap]:

@@ -185,7 +185,8 @@ def acl_set(r: Recorder, which: str, attribute: str, kind: str, who: str) -> Non
 @case(
     which=("minimal", "extended", "masked", "nothing-for-user"),
     who=(
-        (USER, USER, ()), (OTHER, OTHER, ()), (OTHER, EXTRA_GROUP, ()), (OTHER, OTHER, (EXTRA_GROUP,)), (OTHER, 3000, ()),
+        (USER, USER, ()), (OTHER, OTHER, ()), (OTHER, 3000, ()),
+        (OTHER, EXTRA_GROUP, ()), (OTHER, OTHER, (EXTRA_GROUP,)),
     ),
     kind=("file", "dir"),
 )  # fmt: skip

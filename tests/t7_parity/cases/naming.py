@@ -46,7 +46,8 @@ def rename_oddities(r: Recorder, flag: str) -> None:
     os.link("f", "f2")
     for old, new in (
         ("f", "f"), ("f", "f2"), ("d", "d"), ("d", "d/inside/x"), ("d", "d/new"), ("d/inside", "d"), (".", "x"),
-        ("f", "."), ("f", ".."), ("d/..", "x"), ("f/", "x"), ("f", "x/"), ("d/", "d3/"), ("f", "missing/x"), ("", "x"), ("f", ""),
+        ("f", "."), ("f", ".."), ("d/..", "x"),
+        ("f/", "x"), ("f", "x/"), ("d/", "d3/"), ("f", "missing/x"), ("", "x"), ("f", ""),
         ("f/x", "y"), ("f", "f2/x"),
     ):  # fmt: skip
         r(f"{old!r} to {new!r}", rename, old, new, flags)
@@ -136,7 +137,8 @@ def sticky_directory(r: Recorder, who: str) -> None:
 
 @case(name=(
     b"x" * 255, b"x" * 256, b"\xff\xfe\xfd", b"new\nline", b"back\\slash", b"\\x41", b"tab\t", b"\x01\x7f", b" ",
-    b"...", b".hidden", b"-", b"*?[]", "ü€😀".encode(), "ü".encode() * 127, b"e\xcc\x81", b"trailing ", b"trailing.", b"a,b=c",
+    b"...", b".hidden", b"-", b"*?[]",
+    "ü€😀".encode(), "ü".encode() * 127, b"e\xcc\x81", b"trailing ", b"trailing.", b"a,b=c",
     b"\"quote'", b"lockfs", b".lockfs", b"%s", b".fuse_hidden0001",
 ))  # fmt: skip
 def odd_names(r: Recorder, name: bytes) -> None:
