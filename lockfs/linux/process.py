@@ -102,8 +102,17 @@ def virtual_machine(pid: int) -> str:
 
 
 def _read(path: str) -> bytes | None:
+    # Every open for writing comes here several times, and a file object costs more than the reading.
     try:
-        with open(path, "rb", buffering=0) as file:
-            return file.read()
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return None
+    try:
+        content = b""
+        while part := os.read(fd, 65536):
+            content += part
+        return content
+    except OSError:
+        return None
+    finally:
+        os.close(fd)

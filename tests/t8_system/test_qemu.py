@@ -1,0 +1,243 @@
+"""The main job with real programs: qemu-io holds an image on one host, and every other writer on either is refused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from harness.actor import Actor
+from harness.host import Host, Mount
+
+SIZE = 16 << 20
+FORMATS = ("raw", "qcow2")
+
+
+def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+class QemuIo:
+    """A qemu-io that has an image open until it is told to quit."""
+
+    def __init__(self, image: Path, kind: str) -> None:
+        self.process = subprocess.Popen(
+            ["qemu-io", "-f", kind, image], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        self.do("write -P 65 0 64k")
+
+    def do(self, command: str) -> str:
+        """Run one command and return what it printed up to its last line."""
+        assert self.process.stdin and self.process.stdout
+        self.process.stdin.write(command + "\n")
+        self.process.stdin.flush()
+        lines = ""
+        while "ops; " not in lines:
+            line = self.process.stdout.readline()
+            if not line:
+                raise AssertionError(f"qemu-io: {command}: {lines}")
+            lines += line
+        return lines
+
+    def quit(self) -> None:
+        assert self.process.stdin and self.process.stdout
+        if not self.process.stdin.closed:
+            self.process.stdin.close()
+        self.process.wait(20)
+        self.process.stdout.close()
+
+    def __enter__(self) -> QemuIo:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.quit()
+
+
+@pytest.fixture
+def mounts(host: Host, host_b: Host, storage: Path, tmp_path: Path) -> tuple[Mount, Mount]:
+    return host.mount(storage, tmp_path / "a", "wait=0"), host_b.mount(storage, tmp_path / "b", "wait=0")
+
+
+@pytest.fixture(params=FORMATS)
+def image(request: pytest.FixtureRequest, mounts: tuple[Mount, Mount]) -> Iterator[tuple[str, str]]:
+    name = f"disk.{request.param}"
+    done = run("qemu-img", "create", "-f", request.param, mounts[0] / name, str(SIZE))
+    assert done.returncode == 0, done.stderr
+    yield name, request.param
+
+
+def test_every_other_writer_is_refused_and_readers_are_not(
+    mounts: tuple[Mount, Mount], image: tuple[str, str], storage: Path, tmp_path: Path
+) -> None:
+    name, kind = image
+    (storage / "other").write_bytes(b"x" * 100)
+    with QemuIo(mounts[0] / name, kind) as holder:
+        digest = hashlib.md5((storage / name).read_bytes()).hexdigest()
+        for mount in mounts:
+            path = mount / name
+            writers: list[list[str | Path]] = [
+                ["qemu-img", "resize", "-f", kind, path, "+1M"],
+                ["qemu-io", "-f", kind, "-c", "write 0 64k", path],
+                ["dd", "if=/dev/zero", f"of={path}", "bs=4k", "count=1", "conv=notrunc"],
+                ["dd", "if=/dev/zero", f"of={path}", "bs=4k", "count=1"],
+                ["truncate", "-s", "0", path],
+                ["rm", "-f", path],
+                ["mv", path, mount / "elsewhere"],
+                ["mv", "-f", mount / "other", path],
+                ["sh", "-c", f"echo x >> {path}"],
+                ["cp", mount / "other", path],
+                ["qemu-system-x86_64", "-accel", "tcg", "-nodefaults", "-display", "none", "-S", "-machine", "none",
+                 "-drive", f"file={path},format={kind},if=none,id=d"],
+            ]  # fmt: skip
+            for command in writers:
+                done = run(*command)
+                assert done.returncode != 0, command
+                assert "Device or resource busy" in done.stderr, (command, done.stderr)
+            holders = json.loads(os.getxattr(path, "user.lockfs.holder"))["holders"]
+            assert [(each["host"], each["pid"], each["command"]) for each in holders] == [
+                ("host-a", holder.process.pid, "qemu-io")
+            ]
+            assert f"process {holder.process.pid} (qemu-io)" in mount.host.log()
+            told = mount.host.run("lockfs", "who", path)
+            assert "host-a" in told.stdout and str(holder.process.pid) in told.stdout
+            info = run("qemu-img", "info", "-U", path)
+            assert info.returncode == 0, info.stderr
+            copy = tmp_path / f"copy-{mount.host.name}"
+            assert run("cp", path, copy).returncode == 0
+            assert run("md5sum", path).stdout.split()[0] == digest
+            assert hashlib.md5(copy.read_bytes()).hexdigest() == digest
+        holder.do("write -P 66 64k 64k")
+        holder.do("read -P 65 0 64k")
+
+
+def test_the_other_host_gets_the_image_when_the_holder_exits(
+    mounts: tuple[Mount, Mount], image: tuple[str, str], record_property
+) -> None:
+    name, kind = image
+    with Actor() as next_one:
+        with QemuIo(mounts[0] / name, kind) as holder:
+            assert next_one.result("open", mounts[1] / name, os.O_RDWR) == "EBUSY"
+            holder.quit()
+            left = time.monotonic()
+        while next_one.result("open", mounts[1] / name, os.O_RDWR) != "ok":
+            assert time.monotonic() < left + 10
+        record_property("handover_ms", round((time.monotonic() - left) * 1000, 1))
+    done = run("qemu-io", "-f", kind, "-c", "read -P 65 0 64k", mounts[1] / name)
+    assert done.returncode == 0 and "verification failed" not in done.stdout, done.stdout
+
+
+def test_tools_leave_the_same_bytes_as_on_the_storage(mounts: tuple[Mount, Mount], storage: Path, tmp_path: Path) -> None:
+    """A chain of qemu-img commands gives the same result on the mount and beside it."""
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    steps = [
+        ["qemu-img", "create", "-q", "-f", "qcow2", "base", "8M"],
+        ["qemu-io", "-f", "qcow2", "-c", "write -P 1 0 1M", "-c", "write -P 2 3M 64k", "base"],
+        ["qemu-img", "create", "-q", "-f", "qcow2", "-b", "base", "-F", "qcow2", "top"],
+        ["qemu-io", "-f", "qcow2", "-c", "write -P 3 512k 64k", "-c", "discard 3M 64k", "-c", "write -z 1M 1M", "top"],
+        ["qemu-img", "convert", "-f", "qcow2", "-O", "raw", "top", "flat"],
+        ["qemu-img", "convert", "-f", "raw", "-O", "qcow2", "flat", "again"],
+        ["qemu-img", "resize", "-q", "-f", "raw", "flat", "12M"],
+        ["qemu-img", "commit", "-q", "-f", "qcow2", "top"],
+        ["qemu-img", "snapshot", "-c", "one", "base"],
+        ["qemu-img", "rebase", "-q", "-f", "qcow2", "-u", "-b", "", "top"],
+        ["qemu-img", "check", "-q", "base"],
+    ]
+    for directory in (plain, mounts[0].path):
+        for step in steps:
+            done = subprocess.run(step, cwd=directory, capture_output=True, text=True, timeout=60, check=False)
+            assert done.returncode == 0, (step, done.stderr)
+    for name in ("flat", "again"):
+        assert (plain / name).read_bytes() == (storage / name).read_bytes()
+        assert (mounts[1] / name).read_bytes() == (storage / name).read_bytes()
+    for name in ("base", "top"):
+        done = run("qemu-img", "compare", plain / name, storage / name)
+        assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("cache", ["none", "writeback"])
+def test_migration_hands_the_image_over(mounts: tuple[Mount, Mount], storage: Path, tmp_path: Path, cache: str) -> None:
+    """A live migration of unmodified QEMU, with the disk as libvirt configures it: the target waits for the source."""
+    shutil.rmtree(tmp_path / "sockets", ignore_errors=True)
+    sockets = tmp_path / "sockets"
+    sockets.mkdir()
+    assert run("qemu-img", "create", "-q", "-f", "raw", storage / "vm", "8M").returncode == 0
+    hosts = [mount.host for mount in mounts]
+    again = [host.mount(storage, tmp_path / f"vm-{host.name}") for host in hosts]  # with the default wait=
+    with VirtualMachine(again[0] / "vm", sockets / "a", cache) as source:
+        assert holder_of(again[1] / "vm") == "host-a"
+        incoming = f"unix:{sockets / 'migration'}"
+        with VirtualMachine(again[1] / "vm", sockets / "b", cache, "-incoming", incoming) as target:
+            source.qmp("migrate", uri=incoming)
+            deadline = time.monotonic() + 60
+            while target.qmp("query-status")["status"] != "running":
+                assert time.monotonic() < deadline, (source.qmp("query-migrate"), hosts[1].log())
+                time.sleep(0.05)
+            assert holder_of(again[0] / "vm") == "host-b"
+            with Actor() as other:
+                assert other.result("open", again[0] / "vm", os.O_RDWR) == "EBUSY"
+
+
+def holder_of(path: Path) -> str:
+    holders = json.loads(os.getxattr(path, "user.lockfs.holder"))["holders"]
+    assert len(holders) <= 1
+    return holders[0]["host"] if holders else ""
+
+
+class VirtualMachine:
+    """A QEMU without a guest: a disk on a virtio controller, and a monitor."""
+
+    def __init__(self, image: Path, monitor: Path, cache: str, *more: str) -> None:
+        import socket
+
+        direct = "on" if cache == "none" else "off"
+        self.process = subprocess.Popen(
+            ["qemu-system-x86_64", "-accel", "tcg", "-machine", "q35", "-m", "32", "-nodefaults", "-display", "none",
+             "-name", "guest=test-vm", "-qmp", f"unix:{monitor},server=on,wait=off",
+             "-blockdev", json.dumps({"driver": "file", "filename": str(image), "node-name": "file", "auto-read-only": True,
+                                      "discard": "unmap", "cache": {"direct": direct == "on", "no-flush": False}}),
+             "-blockdev", '{"driver":"raw","file":"file","node-name":"disk"}',
+             "-device", "virtio-blk-pci,drive=disk", *more],
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+        self.socket = socket.socket(socket.AF_UNIX)
+        deadline = time.monotonic() + 20
+        while True:
+            try:
+                self.socket.connect(str(monitor))
+                break
+            except OSError:
+                if self.process.poll() is not None or time.monotonic() > deadline:
+                    assert self.process.stdout
+                    raise AssertionError(self.process.stdout.read()) from None
+                time.sleep(0.02)
+        self.file = self.socket.makefile("rw")
+        json.loads(self.file.readline())
+        self.qmp("qmp_capabilities")
+
+    def qmp(self, command: str, **arguments: object) -> dict[str, object]:
+        self.file.write(json.dumps({"execute": command, "arguments": arguments}) + "\n")
+        self.file.flush()
+        while True:
+            answer = json.loads(self.file.readline())
+            if "return" in answer:
+                return answer["return"]
+            if "error" in answer:
+                raise AssertionError(answer)
+
+    def __enter__(self) -> VirtualMachine:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        assert self.process.stdout
+        self.file.close()
+        self.socket.close()
+        self.process.terminate()
+        self.process.wait(20)
+        self.process.stdout.close()
