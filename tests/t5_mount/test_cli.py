@@ -236,7 +236,7 @@ def test_nothing_steers_the_terminal() -> None:
 
 def test_no_colour_in_a_pipe_or_where_it_is_not_wanted(host: Host, mount: Mount) -> None:
     (mount / "vm.img").touch()
-    command = f"{Path(sys.executable).parent}/lockfs who {mount}/vm.img"
+    command = f"{Path(sys.executable).parent}/lockfs who {mount.path}/vm.img"
     assert "\x1b" not in host.run("sh", "-c", command).stdout
     terminal = ["script", "-qec", command, "/dev/null"]
     assert "\x1b[32mfree" in host.run(*terminal).stdout

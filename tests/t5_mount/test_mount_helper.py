@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from harness import mounts, processes
+from harness import logs, mounts, processes
 from harness.host import BIN, Host, Mount
 from harness.waiting import wait_until
 
@@ -314,7 +314,8 @@ def test_no_mount_upon_a_mount(here: Here, tmp_path: Path) -> None:
         assert "is itself on a lockfs mount" in done.stderr
 
 
-def test_what_lockd_refuses_reaches_the_person(here: Here, tmp_path: Path) -> None:
+def test_what_lockd_refuses_reaches_the_person(here: Here, tmp_path: Path, expect_log: logs.Expected) -> None:
+    expect_log("is already mounted on .* with backend nop, not fcntl-lockd")
     here.host.mount(here.source, here.mountpoint, "backend=nop")
     (tmp_path / "two").mkdir()
     done = here.call(here.source, tmp_path / "two", "-o", "backend=fcntl-lockd")
@@ -374,8 +375,9 @@ def test_another_mount_namespace(here: Here) -> None:
             done = here.call(here.source, here.mountpoint, "-N", f"/proc/{keeper.pid}/ns/mnt")
             assert "is already mounted" in done.stderr
         finally:
+            # The daemon is in that namespace too, so it would outlive all others.
+            here.host.run("nsenter", "-t", str(keeper.pid), "-m", "umount", here.mountpoint)
             keeper.kill()
-    # With its last process the namespace goes, and the mount with it.
     assert not processes.wait_until_gone(here.host.processes("lockfs.fs"), PATIENCE)
 
 
