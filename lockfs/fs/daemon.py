@@ -27,6 +27,7 @@ from lockfs.fs.policy import Policy
 from lockfs.fs.session import LockdSession
 from lockfs.fs.work import Work
 from lockfs.linux import credentials, mount, mountinfo, tree
+from lockfs.protocol import messages
 
 log = logging.getLogger("lockfs.fs")
 
@@ -69,9 +70,8 @@ async def serve(request: Request, ready: Callable[[], None]) -> None:
         raise MountError(f"cannot open {text.from_bytes(request.source)}: {error.strerror}") from error
     try:
         session = await LockdSession.begin(
-            request.run_dir, request.source, root, request.mountpoint, request.options.text,
-            str(values["backend"]), float(str(values["wait"])),
-        )  # fmt: skip
+            request.run_dir, _registration(request, storage), root, float(str(values["wait"]))
+        )
         try:
             async with trio.open_nursery() as nursery:
                 operations = _assemble(request, root, storage.fstype, session)
@@ -100,6 +100,17 @@ def set_up_process() -> None:
     credentials.drop_capability(credentials.CAP_SYS_RESOURCE)
     signal.signal(signal.SIGALRM, lambda _number, _frame: None)
     signal.setitimer(signal.ITIMER_REAL, INTERRUPT_SECONDS, INTERRUPT_SECONDS)
+
+
+def _registration(request: Request, storage: mountinfo.MountInfo) -> messages.Mount:
+    return messages.Mount(
+        source=text.from_bytes(request.source),
+        mountpoint=text.from_bytes(request.mountpoint),
+        fstype=storage.fstype,
+        fsoptions=storage.fsoptions,
+        backend=str(request.options.values["backend"]),
+        options={name: text.from_bytes(os.fsencode(value)) for name, value in request.options.text.items()},
+    )
 
 
 def _assemble(request: Request, root: int, fstype: str, session: LockdSession) -> Operations:

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import trio
 
-from lockfs import text
 from lockfs.backend import Mode
 from lockfs.errors import LockfsError, LockUnavailable
 from lockfs.protocol import messages
@@ -31,14 +30,9 @@ class LockdSession:
         self._wait = wait
 
     @classmethod
-    async def begin(
-        cls, run_dir: str, source: bytes, source_fd: int, mountpoint: bytes, options: Mapping[str, str], backend:
-        str, wait: float ) -> LockdSession:
-        """Register a mount.  Raises `MountError` if lockd or the backend refuses it, `LockUnavailable` without
-        lockd.
-        """
+    async def begin(cls, run_dir: str, mount: messages.Mount, source_fd: int, wait: float) -> LockdSession:
+        """Register a mount.  Raises `MountError` if lockd or the backend refuses it, `LockUnavailable` without lockd."""
         client = await LockdClient.connect(run_dir, start=True)
-        mount = messages.Mount(text.from_bytes(source), text.from_bytes(mountpoint), backend, dict(options))
         try:
             registered = await client.register(messages.Register(mount), source_fd)
         except BaseException:

@@ -18,7 +18,6 @@ import trio
 from lockfs import options, text
 from lockfs.backend import Backend, Context, Spec, find
 from lockfs.errors import LockfsError, MountError
-from lockfs.linux import mountinfo
 from lockfs.lockd.descriptor import Descriptor
 from lockfs.lockd.events import Events
 from lockfs.lockd.share import Mounted, Share
@@ -70,7 +69,7 @@ class Shares:
                     await self._close(share)
                     share = None
                 if share is None:
-                    share = await self._open(mount, source_fd, identity, spec, values, pid)
+                    share = await self._open(mount, source_fd, identity, spec, values)
                 _check_same(share, mount, values)
                 mounted = Mounted(secrets.token_hex(8), mount, pid, share)
                 self.mounts[mounted.mount_id] = share.mounts[mounted.mount_id] = mounted
@@ -92,13 +91,11 @@ class Shares:
         identity: tuple[int, int],
         spec: Spec,
         values: Mapping[str, object],
-        pid: int,
     ) -> Share:
         storage = Storage(self._nursery, mount.source)
         top = Descriptor(os.dup(source_fd), storage.closer)
         try:
-            make = partial(_context, mount, top.number, values, self.host, self._run_dir, pid)
-            context = await trio.to_thread.run_sync(make)
+            context = _context(mount, top.number, values, self.host, self._run_dir)
             backend = await trio.to_thread.run_sync(spec.load, context)
             share = Share(*identity, mount.source, mount.backend, values, top, backend, storage)
             await storage.run(share, partial(_start, backend, top))
@@ -189,34 +186,15 @@ async def _start(backend: Backend, top: Descriptor, job: Job[None]) -> None:
 
 
 def _context(
-    mount: messages.Mount, source_fd: int, values: Mapping[str, object], host: str, run_dir: str, pid: int
+    mount: messages.Mount, source_fd: int, values: Mapping[str, object], host: str, run_dir: str
 ) -> Context:
-    fstype, fsoptions = _filesystem(source_fd, pid)
     return Context(
         source_fd=source_fd,
         source=text.to_bytes(mount.source),
         mountpoint=text.to_bytes(mount.mountpoint),
-        fstype=fstype,
-        fsoptions=fsoptions,
+        fstype=mount.fstype,
+        fsoptions=mount.fsoptions,
         host=host,
         options=values,
         run_dir=run_dir,
     )
-
-
-def _filesystem(fd: int, pid: int) -> tuple[str, Mapping[str, str]]:
-    """Return type and options of the filesystem that *fd* is on, as the mount daemon *pid* or we see it.
-
-    The daemon comes first: it may be in a mount namespace of its own.
-    """
-    wanted = mountinfo.mount_id(fd)
-    for process in (str(pid), "self"):
-        try:
-            with open(f"/proc/{process}/mountinfo", "rb") as file:
-                mounts = mountinfo.parse(file.read())
-        except OSError:
-            continue
-        for each in mounts:
-            if each.mount_id == wanted:
-                return each.fstype, each.fsoptions
-    raise MountError("it cannot be seen how the source is mounted: its mount is in no namespace that lockd can see")

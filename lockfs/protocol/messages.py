@@ -38,10 +38,16 @@ class Image(msgspec.Struct, frozen=True):
 
 
 class Mount(msgspec.Struct, frozen=True):
-    """A mount, as its daemon registers it."""
+    """A mount, as its daemon registers it.
+
+    `fstype` and `fsoptions` are those of the storage as the daemon's mount namespace has it, and as it was before
+    the daemon took its private view of it, which no list of mounts shows.
+    """
 
     source: str
     mountpoint: str
+    fstype: str
+    fsoptions: dict[str, str]
     backend: str
     options: dict[str, str] = {}
 
