@@ -92,8 +92,8 @@ def test_every_other_writer_is_refused_and_readers_are_not(
                 ["mv", "-f", mount / "other", path],
                 ["sh", "-c", f"echo x >> {path}"],
                 ["cp", mount / "other", path],
-                ["qemu-system-x86_64", "-accel", "tcg", "-nodefaults", "-display", "none", "-S", "-machine", "none",
-                 "-drive", f"file={path},format={kind},if=none,id=d"],
+                ["qemu-system-x86_64", "-accel", "tcg", "-nodefaults", "-display", "none", "-S", "-machine", "q35", "-m", "32",
+                 "-drive", f"file={path},format={kind},if=none,id=d", "-device", "virtio-blk-pci,drive=d"],
             ]  # fmt: skip
             for command in writers:
                 done = run(*command)
