@@ -17,6 +17,8 @@ from lockfs.text import from_bytes
 FSTYPE = "fuse.lockfs"
 """The type of every lockfs mount as the kernel lists it."""
 DEVICE = "/dev/fuse"
+DEAD = (errno.ENOTCONN, errno.ECONNABORTED)
+"""What a mount whose daemon has died gives; the second to a request that the daemon had just got."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +82,7 @@ def _unreachable(error: OSError, what: str, shown: str) -> LockfsError:
     if error.errno == errno.ENOTDIR:
         hint = "lockfs mounts a directory on a directory."
         return MountError(f"the {what} '{shown}' is not a directory", hint=hint)
-    if error.errno == errno.ENOTCONN:
+    if error.errno in DEAD:
         hint = f"Unmount what is left of it: umount {shown}"
         return MountError(f"the {what} '{shown}' is a mount whose daemon has died", hint=hint)
     return MountError(f"the {what} '{shown}' cannot be reached: {error.strerror}")

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from lockfs.cli.preflight import FSTYPE
+from lockfs.cli.preflight import DEAD, FSTYPE
 from lockfs.errors import EXIT_MOUNT, LockfsError, MountError
 from lockfs.linux import mount, mountinfo
 from lockfs.text import from_bytes
@@ -192,6 +192,6 @@ def _end(process: subprocess.Popen[bytes], mountpoint: bytes) -> None:
         process.kill()
         process.wait()
     # Only a mount whose daemon is dead: another helper may have mounted here at the same time.
-    if _is_mounted(mountpoint) and _ask(mountpoint) == errno.ENOTCONN:
+    if _is_mounted(mountpoint) and _ask(mountpoint) in DEAD:
         with contextlib.suppress(OSError):
             mount.umount(mountpoint, mount.MNT_DETACH | mount.UMOUNT_NOFOLLOW)

@@ -15,7 +15,7 @@ from typing import Literal
 import msgspec
 
 from lockfs.cli.output import GREEN, RED, YELLOW, coloured, columns, fields, moment, print_json, printable
-from lockfs.cli.preflight import FSTYPE
+from lockfs.cli.preflight import DEAD, FSTYPE
 from lockfs.errors import EXIT_HELD, EXIT_OK, EXIT_SYSTEM, LockfsError, SystemError_, UsageError
 from lockfs.linux import mountinfo
 from lockfs.protocol.messages import HolderInfo
@@ -75,7 +75,7 @@ def _failed(error: OSError, shown: str) -> LockfsError:
     if error.errno == errno.ENODATA:
         hint = "A mount guards regular files, and of those what its option images= says."
         return UsageError(f"'{shown}' is not a guarded image", hint=hint)
-    if error.errno == errno.ENOTCONN:
+    if error.errno in DEAD:
         hint = "Unmount it and mount it again."
         return SystemError_(f"'{shown}' is on a mount whose daemon has died", hint=hint)
     kind = UsageError if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EACCES) else SystemError_

@@ -327,7 +327,7 @@ def test_what_lockd_refuses_reaches_the_person(here: Here, tmp_path: Path, expec
 def test_a_mount_whose_daemon_was_killed(here: Here) -> None:
     mount = here.host.mount(here.source, here.mountpoint)
     processes.end([mount.daemon()], signal.SIGKILL, PATIENCE)
-    with pytest.raises(OSError, match=os.strerror(errno.ENOTCONN)):
+    with pytest.raises(OSError, match=r"Transport endpoint is not connected|Software caused connection abort"):
         os.stat(mount)
     done = here.call(here.source, here.mountpoint)
     assert done.returncode == FAILED
@@ -363,7 +363,7 @@ def test_an_interrupted_mount_leaves_nothing(here: Here, tmp_path: Path, how: si
 def test_another_mount_namespace(here: Here) -> None:
     (here.source / "file").write_text("content")
     with subprocess.Popen(
-        ["unshare", "-m", "--propagation", "private", "sleep", "600"], env={"PATH": os.environ["PATH"]}
+        ["unshare", "-m", "--propagation", "slave", "sleep", "600"], env={"PATH": os.environ["PATH"]}
     ) as keeper:
         try:
             own = os.readlink("/proc/self/ns/mnt")

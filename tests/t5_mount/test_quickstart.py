@@ -13,13 +13,16 @@ import pytest
 from harness import processes
 from harness.waiting import wait_until
 
-PROGRAM = Path(__file__).parents[2] / "mount-helpers" / "quickstart"
+CHECKOUT = Path(__file__).parents[2]
+PARTS = ("lockfs", "backends", "mount-helpers", "pyproject.toml", "constraints.txt", "README.md")
 PATIENCE = 60.0
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 NAMESPACE = """
 set -e
+# This machine has no mounts of lockfs; a copy of one would also keep its daemon alive.
+findmnt -rn -t fuse.lockfs -o TARGET | xargs -r umount -l
 mount -t tmpfs none "$1"
 for directory in "$(readlink -f /sbin)" /usr/local/bin; do
     layers="$1$directory"
@@ -34,15 +37,21 @@ exec sleep 3600
 
 @dataclass
 class Machine:
-    """A mount namespace, where lockfs is to be installed, and its files."""
+    """A mount namespace, where lockfs is to be installed, a checkout, and the files of both."""
 
     keeper: int
+    checkout: Path
     prefix: Path
     temporary: Path
 
     def command(self, *arguments: str | Path) -> list[str]:
         """Return the command line that runs *arguments* on this machine."""
         return ["nsenter", "-t", str(self.keeper), "-m", "--", *map(str, arguments)]
+
+    @property
+    def program(self) -> Path:
+        """The program under test."""
+        return self.checkout / "mount-helpers" / "quickstart"
 
     @property
     def environment(self) -> dict[str, str]:
@@ -65,7 +74,7 @@ class Machine:
 
     def quickstart(self, *arguments: str | Path) -> str:
         """Run quickstart, which must work, and return what it said."""
-        done = self.run(PROGRAM, *arguments)
+        done = self.run(self.program, *arguments)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
@@ -93,16 +102,19 @@ class Machine:
 @pytest.fixture(scope="module")
 def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
     layers = tmp_path_factory.mktemp("layers")
+    # A copy: one that is edited during the tests would be installed anew.
+    checkout = tmp_path_factory.mktemp("checkout")
+    subprocess.run(["cp", "-a", *(CHECKOUT / part for part in PARTS), checkout], check=True)
     temporary = tmp_path_factory.mktemp("tmp")
     prefix = tmp_path_factory.mktemp("prefix") / "lockfs"
     with subprocess.Popen(
-        ["unshare", "-m", "--propagation", "private", "bash", "-c", NAMESPACE, "bash", layers],
+        ["unshare", "-m", "--propagation", "slave", "bash", "-c", NAMESPACE, "bash", layers],
         stdout=subprocess.PIPE, text=True,
     ) as keeper:  # fmt: skip
         try:
             assert keeper.stdout is not None
             assert keeper.stdout.readline() == "ready\n"
-            yield Machine(keeper.pid, prefix, temporary)
+            yield Machine(keeper.pid, checkout, prefix, temporary)
         finally:
             keeper.kill()
 
@@ -138,11 +150,11 @@ def test_a_second_run_does_only_what_is_missing(machine: Machine) -> None:
 
 def test_what_is_mounted_can_be_used(machine: Machine, tmp_path: Path) -> None:
     source, directory = tmp_path / "source", tmp_path / "mnt"
-    done = machine.run(PROGRAM, source, directory)
+    done = machine.run(machine.program, source, directory)
     assert done.returncode == 1
     assert f"the source '{source}' is missing" in done.stderr
     source.mkdir()
-    done = machine.run(PROGRAM, source, directory)
+    done = machine.run(machine.program, source, directory)
     assert done.returncode == 1
     assert f"mkdir -p '{directory}'" in done.stderr
     directory.mkdir()
@@ -150,7 +162,7 @@ def test_what_is_mounted_can_be_used(machine: Machine, tmp_path: Path) -> None:
     try:
         assert machine.mounts() == [str(directory)]
         assert f"{source}  {directory}  lockfs  backend=nop,wait=2,_netdev  0 0" in said
-        done = machine.run(PROGRAM, "--uninstall")
+        done = machine.run(machine.program, "--uninstall")
         assert done.returncode == 1
         assert f"unmount first: {directory}" in done.stderr
     finally:
@@ -161,7 +173,7 @@ def test_what_is_mounted_can_be_used(machine: Machine, tmp_path: Path) -> None:
 
 def test_an_interrupted_demonstration_leaves_nothing(machine: Machine) -> None:
     with subprocess.Popen(
-        machine.command(PROGRAM), env=machine.environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        machine.command(machine.program), env=machine.environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True, start_new_session=True,
     ) as process:  # fmt: skip
         assert process.stdout is not None
@@ -177,24 +189,27 @@ def test_an_interrupted_demonstration_leaves_nothing(machine: Machine) -> None:
 
 
 def test_only_root(machine: Machine) -> None:
-    done = subprocess.run(["bash", PROGRAM], capture_output=True, text=True, check=False, user=65534, group=65534)
+    done = subprocess.run(
+        ["bash", CHECKOUT / "mount-helpers" / "quickstart"],
+        capture_output=True, text=True, check=False, user=65534, group=65534,
+    )  # fmt: skip
     assert done.returncode == 1
     assert "sudo" in done.stderr
 
 
 @pytest.mark.parametrize("arguments", [["--bogus"], ["one"], ["a", "b", "c", "d"], ["--install", "x"]])
 def test_wrong_use(machine: Machine, arguments: list[str]) -> None:
-    done = machine.run(PROGRAM, *arguments)
+    done = machine.run(machine.program, *arguments)
     assert done.returncode == 1
     assert "quickstart SOURCE DIRECTORY" in done.stderr
 
 
 def test_a_directory_that_is_not_ours_is_left_alone(machine: Machine, tmp_path: Path) -> None:
     (tmp_path / "precious").touch()
-    done = machine.run("env", f"LOCKFS_PREFIX={tmp_path}", PROGRAM, "--install")
+    done = machine.run("env", f"LOCKFS_PREFIX={tmp_path}", machine.program, "--install")
     assert done.returncode == 1
     assert "not ours" in done.stderr
-    machine.run("env", f"LOCKFS_PREFIX={tmp_path}", PROGRAM, "--uninstall")
+    machine.run("env", f"LOCKFS_PREFIX={tmp_path}", machine.program, "--uninstall")
     assert (tmp_path / "precious").exists()
 
 
