@@ -121,7 +121,7 @@ def _assemble(request: Request, root: int, fstype: str, session: LockdSession) -
     nodes = NodeTable(root, found, open_limit=min(4096, limit // 4), close=work.close)
     if not isinstance(found.key, bytes):
         log.info("%s has no file handles: each file that the kernel knows of keeps a descriptor open", fstype)
-    guard = Guard(nodes, work, Policy(values), session, request.mountpoint, _distrust)
+    guard = Guard(nodes, work, Policy(values), session, request.mountpoint, values["key"] == "path", _distrust)
     return Operations(Parts(nodes, work, guard, Handles(), Owners(values)))
 
 
@@ -192,5 +192,3 @@ async def _unmount_on_signal(mountpoint: bytes) -> None:
                 await trio.to_thread.run_sync(mount.umount, mountpoint)
             except OSError as error:
                 log.warning("%s: %s stays mounted: %s", name, text.from_bytes(mountpoint), error.strerror)
-
-

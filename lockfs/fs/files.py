@@ -69,9 +69,7 @@ class FileOperations(WriteRights):
         # What is cached of a file may be older than what another host has written since it was last open here.  A
         # manager's handle bypasses the cache, so that each write arrives, and is refused, by itself; nor can it be
         # mapped for writing.
-        return FileInfo(
-            fh=self.handles.add_file(handle), keep_cache=False, direct_io=handle.manager is not None
-        )
+        return FileInfo(fh=self.handles.add_file(handle), keep_cache=False, direct_io=handle.manager is not None)
 
     async def _open_backing(self, node: Node, flags: int, ctx: Caller) -> int:
         with self.nodes.borrow(node) as fd:
@@ -198,8 +196,6 @@ def _create(directory: int, name: bytes, mode: int, flags: int) -> tuple[int, Fo
         raise
 
 
-
-
 def _read_cached(fd: int, offset: int, size: int) -> bytes | None:
     """Return what the page cache has, if it is all that a read would return; else None."""
     buffer = bytearray(size)
@@ -232,5 +228,3 @@ def _write_all(fd: int, offset: int, data: bytes, written: int) -> int:
                 return written
             raise
     return written
-
-

@@ -92,7 +92,8 @@ class Lockd(Protocol):
 class Guard:
     """All holds of one mount.
 
-    *freed* is called with a node whose exclusive lock this mount has just given up.
+    *by_path* says that among hosts a lock goes by the path of an image.  *freed* is called with a node whose
+    exclusive lock this mount has just given up.
     """
 
     def __init__(
@@ -102,12 +103,14 @@ class Guard:
         policy: Policy,
         lockd: Lockd,
         mountpoint: bytes,
+        by_path: bool,
         freed: Callable[[Node], None],
     ) -> None:
         self._nodes = nodes
         self._work = work
         self._lockd = lockd
         self._mountpoint = mountpoint
+        self._by_path = by_path
         self._freed = freed
         self._images: dict[tuple[int, int], _Image] = {}
         self.policy = policy
@@ -181,13 +184,18 @@ class Guard:
                     await self._lockd.release(image.message, hold.mode, hold.owner)
         self._leave(image, key, owned)
 
-    async def hold_for_call(self, node: Node, owner: Owner, caller: Caller) -> Hold | None:
-        """Take the image of *node* for the length of one call that removes or renames it: from everybody, also where many
-        may write.
+    async def hold_for_call(self, node: Node, owner: Owner, caller: Caller, *, moves: bool = False) -> Hold | None:
+        """Take the image of *node* for the length of one call that removes or renames it.
 
-        None if the file cannot be opened for writing, so that the lock cannot be taken, but nobody holds it.
-        Raises as `hold`.
+        It is taken from everybody, also where many may write.  *moves* says that the image gets another name; where
+        locks go by path, not even its owner may do that.  None if the file cannot be opened for writing, so that the
+        lock cannot be taken, but nobody holds it.  Raises as `hold`.
         """
+        if moves and self._by_path:
+            # Under its new name the image would be another one to all other hosts, and free.
+            for holder in await self.holders(node, caller):
+                log.info("refused: to rename %s, which is held by %s", self.describe(node).path, holder.holder())
+                raise Busy(holder.holder())
         try:
             return await self.hold(node, Mode.EXCLUSIVE, owner, caller)
         except OSError as error:

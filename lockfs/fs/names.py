@@ -104,7 +104,7 @@ class NameOperations(Base):
         self.visible(parent, name)
         owner, _manager = self.owners.of(ctx)
         with self.nodes.borrow(parent) as directory:
-            held = await self._take(((parent, directory, name),), owner, ctx)
+            held = await self._take([(parent, directory, name)], 0, owner, ctx)
             try:
                 await self.work.long(ctx, lambda: os.unlink(name, dir_fd=directory))
                 held.lost_name(0)
@@ -143,7 +143,7 @@ class NameOperations(Base):
             places = [(old_parent, old, name_old), (new_parent, new, name_new)]
             if flags & files.RENAME_NOREPLACE:
                 places.pop()
-            held = await self._take(places, owner, ctx)
+            held = await self._take(places, 2 if flags & files.RENAME_EXCHANGE else 1, owner, ctx)
             try:
                 await self.work.long(ctx, files.rename, old, name_old, new, name_new, flags)
                 held.renamed(old_parent, name_old, new_parent, name_new, flags)
@@ -151,14 +151,17 @@ class NameOperations(Base):
                 await held.give_back()
 
     async def _take(
-        self, places: Sequence[tuple[Node, int, bytes]], owner: Owner, ctx: RequestContext
+        self, places: Sequence[tuple[Node, int, bytes]], moving: int, owner: Owner, ctx: RequestContext
     ) -> _Taken:
-        """Find what the names lead to and take the images among it, until the names are seen to lead there still."""
+        """Find what the names lead to and take the images among it, until the names are seen to lead there still.
+
+        The first *moving* of them get another name, the others none.
+        """
         for _attempt in range(_RETRIES):
             taken = _Taken(self)
             try:
-                for parent, directory, name in places:
-                    await taken.add(parent, directory, name, owner, ctx)
+                for number, (parent, directory, name) in enumerate(places):
+                    await taken.add(parent, directory, name, owner, ctx, moves=number < moving)
                 if await self.work.short(ctx, taken.unchanged):
                     return taken
             except BaseException:
@@ -177,7 +180,9 @@ class _Taken:
         self._nodes: list[Node] = []
         self._holds: list[Hold] = []
 
-    async def add(self, parent: Node, directory: int, name: bytes, owner: Owner, ctx: RequestContext) -> None:
+    async def add(
+        self, parent: Node, directory: int, name: bytes, owner: Owner, ctx: RequestContext, *, moves: bool
+    ) -> None:
         """Find one name and hold the image there.  Raises as `Guard.hold`."""
         ops = self._operations
         try:
@@ -193,7 +198,7 @@ class _Taken:
         # not seen.
         node = ops.nodes.adopt(Found(os.dup(found.fd), found.stat, found.key), parent, name)
         self._nodes.append(node)
-        hold = await ops.guard.hold_for_call(node, owner, ctx)
+        hold = await ops.guard.hold_for_call(node, owner, ctx, moves=moves)
         if hold is not None:
             self._holds.append(hold)
 
@@ -232,5 +237,3 @@ class _Taken:
 
 def _readlink(fd: int) -> bytes:
     return os.readlink(b"", dir_fd=fd)
-
-

@@ -31,7 +31,9 @@ class LockdSession:
 
     @classmethod
     async def begin(cls, run_dir: str, mount: messages.Mount, source_fd: int, wait: float) -> LockdSession:
-        """Register a mount.  Raises `MountError` if lockd or the backend refuses it, `LockUnavailable` without lockd."""
+        """Register a mount.  Raises `MountError` if lockd or the backend refuses it, `LockUnavailable` without
+        lockd.
+        """
         client = await LockdClient.connect(run_dir, start=True)
         try:
             registered = await client.register(messages.Register(mount), source_fd)

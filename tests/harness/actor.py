@@ -113,7 +113,5 @@ class Actor:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
-        if self.process.poll() is None:
-            self.end()
-        elif self.process.stdout is not None and not self.process.stdout.closed:
+        if self.process.poll() is None or (self.process.stdout is not None and not self.process.stdout.closed):
             self.end()

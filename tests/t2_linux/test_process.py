@@ -43,9 +43,14 @@ def run_as(name: bytes, *arguments: bytes):
 
 
 def test_a_virtual_machine_by_the_name_that_qemu_was_given() -> None:
-    for given, name in ((b"guest=web,,1,debug-threads=on", "web,1"), (b"plain,process=x", "plain"), (b"g\n1", "g\\x0a1")):
+    for given, name in (
+        (b"guest=web,,1,debug-threads=on", "web,1"),
+        (b"plain,process=x", "plain"),
+        (b"g\n1", "g\\x0a1"),
+    ):
         with run_as(b"qemu-system-x86_64", b"-name", given) as child:
-            assert child.stdout and child.stdin
+            assert child.stdout
+            assert child.stdin
             child.stdout.readline()
             assert process.virtual_machine(child.pid) == name
             child.stdin.close()
@@ -58,17 +63,21 @@ def test_a_command_with_parentheses_and_newlines(tmp_path: Path) -> None:
     with subprocess.Popen(
         [program, "-c", "print(flush=True); input()"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as child:
-        assert child.stdout and child.stdin
+        assert child.stdout
+        assert child.stdin
         child.stdout.readline()
         found = process.of_pid(child.pid)
-        assert found is not None and found.pid == child.pid and found.start > 0
+        assert found is not None
+        assert found.pid == child.pid
+        assert found.start > 0
         assert process.command(child.pid) == "a) 1 (\\x0ab"
         child.stdin.close()
 
 
 def test_the_program_is_told_by_its_file_not_by_its_name() -> None:
     with run_as(b"virtlockd") as child:
-        assert child.stdout and child.stdin
+        assert child.stdout
+        assert child.stdin
         child.stdout.readline()
         assert process.program(child.pid) == os.path.basename(os.path.realpath(sys.executable))
         child.stdin.close()

@@ -263,14 +263,14 @@ def test_two_mounts_see_each_other_at_once(two: tuple[Mount, Mount]) -> None:
 def test_the_size_of_a_held_image_is_true_after_it_changed_hands(two: tuple[Mount, Mount]) -> None:
     a, b = two
     with Actor() as first, Actor() as second:
-        for round_ in range(1, 20):
+        for _ in range(20):
             for who, mount in ((first, a), (second, b)):
                 fd = who.call("open", mount / "image", os.O_RDWR | os.O_CREAT)
                 end = who.call("size", fd)
                 who.call("write", fd, "x", end)
                 assert who.call("size", fd) == end + 1 == who.call("stat", mount / "image")
                 who.call("close", fd)
-        assert first.call("stat", a / "image") == second.call("stat", b / "image") == 2 * round_
+        assert first.call("stat", a / "image") == second.call("stat", b / "image") == 2 * 20
 
 
 # Errors of the storage -----------------------------------------------------------------------------

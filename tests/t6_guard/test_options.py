@@ -213,6 +213,31 @@ def test_a_refusal_comes_after_the_wait(mounted, actors) -> None:
         assert time.monotonic() - began >= 0.5
 
 
+# key= ----------------------------------------------------------------------------------------------
+
+
+def test_where_locks_go_by_path_a_held_image_keeps_its_name(
+    host: Host, host_b: Host, storage: Path, tmp_path: Path, actors
+) -> None:
+    """Two hosts that mount at the same place, each in its namespace, would see the lock under the old name only."""
+    lockspace = tmp_path / "lockspace"
+    lockspace.mkdir()
+    (storage / "a.img").write_text("image")
+    (storage / "other").write_text("x")
+    mount = host.mount(storage, tmp_path / "a", f"key=path,lockspace={lockspace},wait=0")
+    owner = actors()
+    fd = owner.call("open", mount / "a.img", WRITE)
+    assert len(list(lockspace.iterdir())) == 1
+    assert owner.result("rename", mount / "a.img", mount / "b.img") == "EBUSY"
+    assert owner.result("renameat2", mount / "other", mount / "a.img", 2) == "EBUSY"
+    assert owner.result("unlink", mount / "a.img") == "ok"
+    owner.call("close", fd)
+    assert owner.result("rename", mount / "other", mount / "b.img") == "ok"
+    deadline = time.monotonic() + 5
+    while list(lockspace.iterdir()):
+        assert time.monotonic() < deadline
+
+
 # managers= -----------------------------------------------------------------------------------------
 
 

@@ -69,7 +69,7 @@ def image(request: pytest.FixtureRequest, mounts: tuple[Mount, Mount]) -> Iterat
     name = f"disk.{request.param}"
     done = run("qemu-img", "create", "-f", request.param, mounts[0] / name, str(SIZE))
     assert done.returncode == 0, done.stderr
-    yield name, request.param
+    return name, request.param
 
 
 def test_every_other_writer_is_refused_and_readers_are_not(
