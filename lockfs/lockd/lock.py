@@ -12,7 +12,7 @@ Invariants:
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import trio
@@ -48,12 +48,14 @@ class Lock:
     """See the module.
 
     `users` counts the calls that have to do with it, `overdue` storage calls that have not come back in
-    time. `lost` means that the grant is no longer safe.  `fd`, `mount` and `since` tell of the grant: the
-    descriptor that it is on, the mount for which it was taken, and when.
+    time. `lost` means that the grant is no longer safe.  `forget` is called when it may be idle.  `fd`,
+    `mount` and `since` tell of the grant: the descriptor that it is on, the mount for which it was taken,
+    and when.
     """
 
     key: Key
     share: Share
+    forget: Callable[[Lock], None]
     holds: dict[tuple[str, str, Mode], Hold] = field(default_factory=dict)
     grant: Grant | None = None
     fd: Descriptor | None = None
@@ -82,6 +84,10 @@ class Lock:
     def idle(self) -> bool:
         """True if nothing would be forgotten with it."""
         return not (self.holds or self.grant or self.users or self.overdue)
+
+    def came_back(self) -> None:
+        """An overdue call has ended."""
+        self.forget(self)
 
     def blocker(self, owner: str, mode: Mode) -> Holder | None:
         """Return somebody else on this host who excludes *owner* from *mode*, None if nobody does."""

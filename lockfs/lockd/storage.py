@@ -58,6 +58,9 @@ class Place(Protocol):
 
     overdue: int
 
+    def came_back(self) -> None:
+        """Called when an overdue call has ended."""
+
 
 class Storage:
     """The storage calls of one share.  *name* is the share's, for messages."""
@@ -131,5 +134,6 @@ class Storage:
             if job.abandoned:
                 place.overdue -= 1
                 self.overdue -= 1
+                place.came_back()
                 if not self.overdue:
                     log.info("the storage of %s has answered all requests", self._name)

@@ -283,7 +283,7 @@ class Table:
         key = _key(share, image.dev, image.ino)
         lock = self.locks.get(key)
         if lock is None:
-            lock = self.locks[key] = Lock(key, share)
+            lock = self.locks[key] = Lock(key, share, self._forget_if_idle)
         return lock
 
     def _forget_if_idle(self, lock: Lock) -> None:
