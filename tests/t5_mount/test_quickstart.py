@@ -140,6 +140,19 @@ def test_the_demonstration_on_a_machine_with_nothing_prepared(machine: Machine) 
     assert not machine.leftovers()
 
 
+def test_the_demonstration_without_qemu(machine: Machine) -> None:
+    hide = 'program=$(command -v qemu-io) || exit 0; mount --bind /dev/null "$program"'
+    assert machine.run("sh", "-c", hide).returncode == 0
+    try:
+        said = machine.quickstart()
+    finally:
+        machine.run("sh", "-c", "! mountpoint -q /usr/bin/qemu-io || umount /usr/bin/qemu-io")
+    for each in ("refused: Device or resource busy", "host     hostA", "hostB has written to it"):
+        assert each in said
+    assert "qemu-io" not in said.partition("host     hostA")[2].partition("mode")[0]
+    assert not machine.leftovers()
+
+
 def test_a_second_run_does_only_what_is_missing(machine: Machine) -> None:
     said = machine.quickstart("--install")
     assert "up to date" in said
