@@ -1,0 +1,43 @@
+"""Fixtures for backends."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+from t3_backends.stations import Open, Station, station
+
+
+@pytest.fixture
+def lockspace(tmp_path: Path) -> Path:
+    """A directory for lock files, which the hosts share too."""
+    directory = tmp_path / "lockspace"
+    directory.mkdir()
+    return directory
+
+
+@pytest.fixture(params=["direct", "lockspace", "lockspace-inode"])
+def open_host(request: pytest.FixtureRequest, storage: Path, lockspace: Path) -> Open:
+    """Start hosts on one share, with each way of fcntl-lockd."""
+    options = {
+        "direct": {},
+        "lockspace": {"lockspace": str(lockspace), "key": "path"},
+        "lockspace-inode": {"lockspace": str(lockspace), "key": "inode"},
+    }[request.param]
+    return partial(station, share=storage, name="fcntl-lockd", options=options)
+
+
+@pytest.fixture
+async def a(leaves_nothing: None, open_host: Open) -> AsyncIterator[Station]:
+    """A host."""
+    async with open_host("host-a") as made:
+        yield made
+
+
+@pytest.fixture
+async def b(leaves_nothing: None, open_host: Open) -> AsyncIterator[Station]:
+    """Another host."""
+    async with open_host("host-b") as made:
+        yield made

@@ -1,0 +1,193 @@
+"""What lockd may expect of every backend that excludes: one suite, all backends, two hosts."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import trio
+from t3_backends.stations import Open, Station
+
+from lockfs.backend import Busy, Grant, Mode
+
+EXCLUSIVE, SHARED = Mode.EXCLUSIVE, Mode.SHARED
+
+
+async def refused(station: Station, mode: Mode = EXCLUSIVE) -> Busy:
+    with pytest.raises(Busy) as caught:
+        await station.acquire(mode)
+    return caught.value
+
+
+async def test_one_host_excludes_the_other(a: Station, b: Station) -> None:
+    grant = await a.acquire()
+    assert grant.mode is EXCLUSIVE
+    await refused(b, EXCLUSIVE)
+    await refused(b, SHARED)
+    await a.release(grant)
+
+
+async def test_after_a_release_the_other_has_it_at_once(a: Station, b: Station) -> None:
+    for _ in range(20):
+        grant = await a.acquire()
+        await refused(b)
+        await a.release(grant)
+        grant = await b.acquire()
+        await refused(a)
+        await b.release(grant)
+
+
+async def test_hosts_share(a: Station, b: Station) -> None:
+    first = await a.acquire(SHARED)
+    second = await b.acquire(SHARED)
+    assert second.mode is SHARED
+    await a.release(first)
+    await refused(a, EXCLUSIVE)
+    await b.release(second)
+    await a.release(await a.acquire())
+
+
+async def test_it_can_be_strengthened_if_nobody_shares(a: Station, b: Station) -> None:
+    first = await a.acquire(SHARED)
+    second = await b.acquire(SHARED)
+    with pytest.raises(Busy):
+        await a.backend.convert(first, EXCLUSIVE, a.holder(EXCLUSIVE))
+    assert first.mode is SHARED
+    await refused(b, EXCLUSIVE)
+    await b.release(second)
+    await a.backend.convert(first, EXCLUSIVE, a.holder(EXCLUSIVE))
+    assert first.mode is EXCLUSIVE
+    await refused(b, SHARED)
+    await a.release(first)
+
+
+async def test_it_can_be_weakened(a: Station, b: Station) -> None:
+    grant = await a.acquire(EXCLUSIVE)
+    await a.backend.convert(grant, SHARED, a.holder(SHARED))
+    assert grant.mode is SHARED
+    other = await b.acquire(SHARED)
+    await a.release(grant)
+    await b.release(other)
+
+
+async def test_images_have_nothing_to_do_with_each_other(a: Station, b: Station) -> None:
+    first = await a.acquire(name="one")
+    second = await b.acquire(name="two")
+    await a.release(first)
+    await b.release(second)
+
+
+async def test_the_holder_is_named(a: Station, b: Station) -> None:
+    grant = await a.acquire()
+    error = await refused(b)
+    assert error.holder == a.holder(EXCLUSIVE)
+    assert str(error) == "held by host host-a, process 4711 (qemu-system-x86), VM vm1"
+    assert await b.holder_seen() == a.holder(EXCLUSIVE)
+    await a.release(grant)
+
+
+async def test_the_mode_that_is_named_is_that_of_the_lock(a: Station, b: Station) -> None:
+    grant = await a.acquire(SHARED)
+    assert (await refused(b)).holder.mode is SHARED
+    await a.backend.convert(grant, EXCLUSIVE, a.holder(EXCLUSIVE))
+    assert (await refused(b)).holder.mode is EXCLUSIVE
+    await a.release(grant)
+
+
+async def test_looking_takes_nothing(a: Station, b: Station) -> None:
+    assert await b.holder_seen() is None
+    grant = await a.acquire()
+    for _ in range(3):
+        assert await b.holder_seen() == a.holder(EXCLUSIVE)
+    await a.release(grant)
+    assert await b.holder_seen() is None
+    await b.release(await b.acquire())
+
+
+async def test_the_lock_lives_in_what_is_to_be_kept(a: Station, b: Station) -> None:
+    """lockd and the mount daemon each keep the descriptors: when one dies, the lock stays."""
+    grant = await a.acquire()
+    kept = [os.dup(fd) for fd in (grant.image.fd, *grant.keep)]
+    for fd in (grant.image.fd, *grant.keep):
+        os.close(fd)
+    a.fds.remove(grant.image.fd)
+    await refused(b)
+    for fd in kept:
+        os.close(fd)
+    await b.release(await b.acquire())
+
+
+async def test_a_release_ends_it_also_for_those_who_keep_it(a: Station, b: Station) -> None:
+    grant = await a.acquire()
+    kept = [os.dup(fd) for fd in (grant.image.fd, *grant.keep)]
+    await a.release(grant)
+    await b.release(await b.acquire())
+    for fd in kept:
+        os.close(fd)
+
+
+async def test_nothing_is_left_on_the_share(open_host: Open, storage: Path, lockspace: Path) -> None:
+    async with open_host("host-a") as a, open_host("host-b") as b:
+        for mode in Mode:
+            grant = await a.acquire(mode)
+            if mode is SHARED:
+                await b.release(await b.acquire(mode))
+            else:
+                await refused(b)
+            await a.release(grant)
+    assert list(lockspace.iterdir()) == []
+    left = sorted(str(path.relative_to(storage)) for path in storage.rglob("*"))
+    assert left == [".lockfs", ".lockfs/holders", "img"]
+
+
+async def test_it_knows_its_own_host(a: Station) -> None:
+    assert "host-a" in [host.name for host in await a.backend.hosts()]
+
+
+async def test_no_loss_is_told_and_stop_ends_the_stream(open_host: Open) -> None:
+    async def listen(station: Station, found: list[Grant]) -> None:
+        found.extend([grant async for grant in station.backend.lost()])
+
+    found: list[Grant] = []
+    with trio.fail_after(5):
+        async with trio.open_nursery() as nursery, open_host("host-a") as a:
+            nursery.start_soon(listen, a, found)
+            await a.release(await a.acquire())
+            await trio.testing.wait_all_tasks_blocked()
+    assert found == []
+
+
+async def test_forty_tasks_on_four_hosts_hammer_one_image(open_host: Open) -> None:
+    """In no moment two are inside; `inside` is counted apart from any lock."""
+    inside: list[str] = []
+    entered = refusals = 0
+
+    async def hammer(station: Station, number: int) -> None:
+        nonlocal entered, refusals
+        # One call at a time for one image of a host: that is lockd's part of the contract.
+        for turn in range(12):
+            async with turns[station.host]:
+                try:
+                    grant = await station.acquire()
+                except Busy:
+                    refusals += 1
+                else:
+                    inside.append(station.host)
+                    entered += 1
+                    assert inside == [station.host]
+                    await trio.sleep((number + turn) % 3 / 1000)
+                    inside.remove(station.host)
+                    await station.release(grant)
+            await trio.sleep((number * 7 + turn) % 5 / 1000)
+
+    async with (
+        open_host("h1") as h1, open_host("h2") as h2, open_host("h3") as h3, open_host("h4") as h4,
+        trio.open_nursery() as nursery,
+    ):  # fmt: skip
+        stations = [h1, h2, h3, h4]
+        turns = {each.host: trio.Lock() for each in stations}
+        for number in range(40):
+            nursery.start_soon(hammer, stations[number % 4], number)
+    assert entered >= 10
+    assert refusals >= 10
