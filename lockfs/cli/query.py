@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 import trio
 
-from lockfs.errors import LockUnavailable
+from lockfs.errors import LockUnavailable, UsageError
 from lockfs.protocol.client import LockdClient
 from lockfs.protocol.messages import GetStatus, LockInfo, Status
 from lockfs.protocol.start import is_running
@@ -43,6 +44,9 @@ def _ask(run_dir: str, question: Callable[[LockdClient], Awaitable[T]]) -> T | N
                 with trio.CancelScope(shield=True):
                     await client.aclose()
 
+    if os.path.isdir(run_dir) and not os.access(run_dir, os.X_OK):
+        hint = "`lockfs who IMAGE` needs no more than the right to read the image, if it is on a mount."
+        raise UsageError(f"only root may ask lockd in {run_dir}", hint=hint)
     try:
         return trio.run(ask) if is_running(run_dir) else None
     except trio.TooSlowError:

@@ -223,6 +223,19 @@ def test_anybody_who_may_read_may_ask(host: Host, mount: Mount) -> None:
     assert host.name in done.stdout
 
 
+def test_only_root_may_ask_lockd(host: Host, mount: Mount) -> None:
+    os.chmod(host.run_dir, 0o700)
+    for directory in host.run_dir.parents:
+        if directory.stat().st_mode & 0o005 != 0o005:
+            os.chmod(directory, 0o755)
+    for command in ("status", "locks"):
+        done = subprocess.run(
+            [sys.executable, "-P", "-m", "lockfs.cli.main", command],
+            env=host.environment, capture_output=True, text=True, check=False, user=65534, group=65534, cwd="/",
+        )  # fmt: skip
+        assert f"only root may ask lockd in {host.run_dir}" in error_of(done, USAGE)
+
+
 # Printing -----------------------------------------------------------------------------------------
 
 
