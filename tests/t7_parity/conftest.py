@@ -20,7 +20,7 @@ from t7_parity.twins import Pair
 TARGET = os.environ.get("LOCKFS_PARITY", "lockfs")
 OPTIONS = "suid,dev"
 """Or the mount would be nosuid and nodev, unlike its plain twin."""
-SMALL_BYTES = 24 << 20
+SMALL_BYTES = 8 << 20
 
 Shower = Callable[[Path, Path], AbstractContextManager[None]]
 
@@ -82,7 +82,7 @@ def small_filesystem(image: Path, place: Path) -> Iterator[None]:
     """Mount a small filesystem of its own, which a case may fill."""
     with open(image, "wb") as file:
         file.truncate(SMALL_BYTES)
-    subprocess.run(["mkfs.ext4", "-q", "-m", "0", "-N", "512", image], check=True, timeout=60)
+    subprocess.run(["mkfs.ext4", "-q", "-O", "^has_journal", "-m", "0", "-N", "512", image], check=True, timeout=60)
     with mounted("mount", "-o", "loop", image, place):
         yield
 

@@ -6,4 +6,113 @@ from collections.abc import Sequence
 
 from t7_parity.twins import Difference
 
-DIFFERENCES: Sequence[Difference] = ()
+DIFFERENCES: Sequence[Difference] = (
+    Difference(
+        "pyfuse3 has no handler for FUSE_TMPFILE, so the kernel says EOPNOTSUPP",
+        ["opening.tmpfile[dir-O_WRONLY]", "opening.tmpfile[dir-O_RDWR]"],
+        ["O_TMPFILE*"],
+    ),
+    Difference(
+        "pyfuse3 cannot ask for FUSE_DONT_MASK, so the kernel applies the umask before the default ACL is looked at",
+        [
+            f"creating.modes[{how}-{umask}-{where}-*]"
+            for how in ("by_open", "by_mknod", "by_mkfifo", "by_mkdir")
+            for umask in ("0o22", "0o27", "0o77")
+            for where in ("acl", "setgid+acl")
+        ],
+        ["stat *", "tree: *"],
+    ),
+    Difference(
+        "the kernel asks for no alignment of direct I/O on FUSE",
+        ["data.direct[*-100]", "data.direct[1000-*]", "data.direct[4097-*]"],
+        ["write", "read", "content", "tree: b'it' content", "tree: b'it' attributes"],
+    ),
+    Difference(
+        "the kernel asks for no alignment of direct I/O on FUSE",
+        [
+            "opening.extra_flags[file-*-O_DIRECT]", "opening.extra_flags[symlink-*-O_DIRECT]",
+            "opening.extra_flags[dangling-O_WRONLY-O_DIRECT]", "opening.extra_flags[dangling-O_RDWR-O_DIRECT]",
+            "opening.extra_flags[missing-O_WRONLY-O_DIRECT]", "opening.extra_flags[missing-O_RDWR-O_DIRECT]",
+        ],
+        ["*O_DIRECT* read", "*O_DIRECT* write", "*O_DIRECT* offset", "*O_DIRECT* fstat", "tree: *"],
+    ),
+    Difference(
+        "the kernel does not know the largest file size of the storage, so a seek beyond it is not refused",
+        [f"data.extreme_offsets[{offset}]" for offset in (2**63 - 1, 2**63 - 11, 2**44, 2**50)],
+        ["lseek", "write", "size", "tree: b'it' *"],
+    ),
+    Difference(
+        "the kernel does not know the largest file size of the storage, so a seek beyond it is not refused",
+        [f"data.lseek[0-{2**63 - 1}]"],
+        ["lseek", "read", "position"],
+    ),
+    Difference(
+        "pyfuse3 has no handler for FUSE_LSEEK, so a file counts as all data",
+        [f"data.seek_data_and_hole[{which}]" for which in ("hole-then-data", "data-then-hole", "islands")],
+        ["SEEK_DATA from *", "SEEK_HOLE from *"],
+    ),
+    Difference(
+        "pyfuse3 has no handler for FUSE_FALLOCATE",
+        [
+            f"data.allocation[{mode}]"
+            for mode in ("allocate", "keep", "punch", "zero", "zero-keep", "collapse", "insert")
+        ],
+        ["fallocate", "beyond the end", "stat", "content", "tree: b'it' *"],
+    ),
+    Difference(
+        "pyfuse3 has no handler for FUSE_FALLOCATE",
+        ["data.wrong_direction[0o1]", "data.wrong_direction[0o2]"],
+        ["fallocate"],
+    ),
+    Difference("pyfuse3 has no handler for FUSE_IOCTL", ["data.ioctls"], ["FS_IOC_*"]),
+    Difference(
+        "who holds an image's lock caches its attributes, since nobody else may change the image",
+        ["data.growth_behind_the_mount[0o2]"],
+        ["end*", "content after*", "seen from behind", "a new descriptor", "fstat", "tree: b'it' *"],
+    ),
+    Difference(
+        "FUSE in the kernel leaves the set-group-id bit of a file that its group may not execute alone",
+        [
+            *(f"attributes.suid_and_sgid_after[{how}-1000]" for how in ("by_write", "by_truncate", "by_same_truncate")),
+            *(f"attributes.suid_and_sgid_after[{how}-1000]" for how in ("by_ftruncate", "by_append", "by_copy")),
+        ],
+        ["2767 then", "6767 then", "tree: b'2767' attributes", "tree: b'6767' attributes"],
+    ),
+    Difference(
+        "FUSE in the kernel leaves the set-group-id bit of a file that its group may not execute alone",
+        [
+            "attributes.chown[file-owner-outside-group-0o2745]", "attributes.chown[fifo-owner-outside-group-0o2745]",
+            "attributes.chown[file-other-0o2745]", "attributes.chown[fifo-other-0o2745]",
+            "attributes.suid_and_sgid_after[by_chown_nothing-1000]",
+        ],
+        ["*:*", "2767 by by_chown_nothing", "tree: *"],
+    ),
+    Difference(
+        "a chown that changes nothing reaches the daemon as a request to set nothing, so the time of change stays",
+        ["attributes.times_after[by_chown_nothing-*]"],
+        ["st_ctime_ns of the file changed"],
+    ),
+    Difference(
+        "the kernel does not ask the daemon to read an empty file, so its time of access stays",
+        ["attributes.times_after[by_read-0]"],
+        ["tree: b'd/it' st_atime_ns"],
+    ),
+    Difference(
+        "on FUSE the kernel checks rights and kinds before the storage can say that it is read-only",
+        ["storage.read_only[*]"],
+        [
+            "open *", "mk*", "symlink", "link", "rename", "unlink", "rmdir", "chmod", "chown", "*xattr",
+            "access for writing",
+        ],
+    ),
+    Difference(
+        "on FUSE the kernel checks kinds before the storage can say that a file is immutable or append-only",
+        ["storage.protected[*]"],
+        ["rmdir", "unlink", "replace"],
+    ),
+    Difference(
+        "the daemon itself never appends, so it cannot open for writing what the storage lets nobody but appenders open",
+        ["storage.protected[0o40-file]"],
+        ["open 2001", "write", "ftruncate", "content", "tree: b'it' *"],
+    ),
+)  # fmt: skip

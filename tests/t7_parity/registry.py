@@ -40,7 +40,7 @@ def case(*, on: str = "disk", **parameters: Sequence[Any]) -> Callable[[Body], B
     def register(body: Body) -> Body:
         prefix = f"{body.__module__.rpartition('.')[2]}.{body.__name__}"
         for values in itertools.product(*parameters.values()):
-            label = "-".join(_label(value) for value in values)
+            label = "-".join(_label(*each) for each in zip(parameters, values, strict=True))
             name = f"{prefix}[{label}]" if label else prefix
             if name in _cases:
                 raise ValueError(f"two cases are named {name}")
@@ -50,9 +50,9 @@ def case(*, on: str = "disk", **parameters: Sequence[Any]) -> Callable[[Body], B
     return register
 
 
-def _label(value: Any) -> str:
-    if isinstance(value, int) and not isinstance(value, bool):
-        return oct(value) if value > 9 else str(value)
+def _label(name: str, value: Any) -> str:
+    if name in ("mode", "umask", "flags", "flag", "bits", "kind") and isinstance(value, int):
+        return oct(value) if value else "0"
     return str(getattr(value, "__name__", value))
 
 

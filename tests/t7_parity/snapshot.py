@@ -18,8 +18,9 @@ def tree(top: Path) -> Tree:
     """Return all entries below *top*, with all that must be the same in a twin."""
     found: Tree = {}
     names: dict[int, list[str]] = {}
-    for path, entry in _walk(os.fsencode(top)):
-        status = os.lstat(path)
+    # All attributes come first, since reading a file changes its time of access.
+    entries = [(path, entry, os.lstat(path)) for path, entry in _walk(os.fsencode(top))]
+    for path, entry, status in entries:
         name = repr(os.path.relpath(path, os.fsencode(top)))
         found[f"{name} attributes"] = attributes(status)
         found[f"{name} xattrs"] = xattrs(path)

@@ -103,7 +103,7 @@ def test_a_case_cannot_change_the_user_of_pytest(pair: Pair) -> None:
 
 
 def test_a_known_difference_holds_only_where_it_says() -> None:
-    known = Difference("opening.tmpfile[[]dir-*", ["O_TMPFILE*"], "reason")
+    known = Difference("reason", ["opening.tmpfile[dir-*"], ["O_TMPFILE*"])
     assert known.covers("opening.tmpfile[dir-O_RDWR]", "O_TMPFILE write")
     assert not known.covers("opening.tmpfile[file-O_RDWR]", "O_TMPFILE write")
     assert not known.covers("opening.tmpfile[dir-O_RDWR]", "other")

@@ -48,22 +48,27 @@ class Gap:
 
 @dataclass(frozen=True)
 class Difference:
-    """A difference that is known, and why: which cases show it (a glob), and in which steps (globs).
+    """A difference that is known, and why: which cases show it, and in which steps.
 
-    It must show in every case that *cases* matches, or it is out of date.
+    Both are globs in which brackets stand for themselves.  It must show in every case that one of *cases* matches, or
+    it is out of date.
     """
 
-    cases: str
-    steps: Sequence[str]
     reason: str
+    cases: Sequence[str]
+    steps: Sequence[str]
 
     def covers(self, case: str, step: str) -> bool:
         """Say whether this explains a gap."""
-        return self.concerns(case) and any(fnmatchcase(step, glob) for glob in self.steps)
+        return self.concerns(case) and _matches(step, self.steps)
 
     def concerns(self, case: str) -> bool:
         """Say whether this must show in a case."""
-        return fnmatchcase(case, self.cases)
+        return _matches(case, self.cases)
+
+
+def _matches(text: str, globs: Sequence[str]) -> bool:
+    return any(fnmatchcase(text, glob.replace("[", "[[]")) for glob in globs)
 
 
 def compare(case: Case, pair: Pair, name: str) -> list[Gap]:

@@ -128,11 +128,12 @@ def symlinks(r: Recorder, length: int) -> None:
     r.stat("stat", "link")
 
 
-@case(target=(b"a\nb", b"\xff\xfe", b"back\\slash", b"/", b".", b"..", b"a/../b", b" ", b"//x//"))
+@case(target=(b"a\nb", b"\xff\xfe", b"back\\slash", b"/dev/null", b".", b"..", b"a/../b", b" ", b"//x//"))
 def symlink_targets(r: Recorder, target: bytes) -> None:
-    r("symlink", os.symlink, target, b"link")
-    r("readlink", os.readlink, b"link")
-    r("follow", os.stat, b"link")
+    with aside("d"):
+        r("symlink", os.symlink, target, b"link")
+        r("readlink", os.readlink, b"link")
+        r("follow", os.stat, b"link")
 
 
 @case(kind=KINDS)
@@ -151,14 +152,14 @@ def symlink_chain(r: Recorder, depth: int) -> None:
 
 @case()
 def deep_tree(r: Recorder) -> None:
-    for level in range(60):
+    for level in range(20):
         os.mkdir(f"level-{level}")
         os.chdir(f"level-{level}")
     make("file", "leaf")
     r("working directory", lambda: os.getcwd().count("level-"))
-    for _ in range(60):
+    for _ in range(20):
         os.chdir("..")
-    r.stat("leaf", "/".join(f"level-{level}" for level in range(60)) + "/leaf")
+    r.stat("leaf", "/".join(f"level-{level}" for level in range(20)) + "/leaf")
 
 
 @case()

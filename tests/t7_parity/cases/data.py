@@ -106,10 +106,10 @@ def lseek(r: Recorder, whence: int, offset: int) -> None:
     r("position", os.lseek, fd, 0, os.SEEK_CUR)
 
 
-@case()
-def growth_behind_the_mount(r: Recorder) -> None:
+@case(flags=(os.O_RDONLY, os.O_RDWR))
+def growth_behind_the_mount(r: Recorder, flags: int) -> None:
     write("it", b"0123456789")
-    fd = os.open("it", os.O_RDWR)
+    fd = os.open("it", flags)
     r("content", os.pread, fd, 100, 0)
     behind = os.open("it", os.O_RDWR, dir_fd=r.backing)
     os.pwrite(behind, b"grown", 10)
@@ -120,7 +120,7 @@ def growth_behind_the_mount(r: Recorder) -> None:
     os.ftruncate(behind, 4)
     r("end after truncation", os.lseek, fd, 0, os.SEEK_END)
     r("content after truncation", os.pread, fd, 100, 0)
-    os.write(fd, b"w")
+    r("write at the end", os.write, fd, b"w")
     r("seen from behind", os.pread, behind, 100, 0)
     again = os.open("it", os.O_RDONLY)
     r("a new descriptor", os.pread, again, 100, 0)

@@ -108,7 +108,7 @@ def linked_files_are_one(r: Recorder) -> None:
     r.note("other", os.path.samefile("it-first", "other"))
 
 
-@case(count=(500,))
+@case(count=(200,))
 def many_links(r: Recorder, count: int) -> None:
     write("it", b"x")
     for index in range(count):

@@ -8,6 +8,7 @@ import mmap
 import os
 import struct
 
+from harness.waiting import wait_until
 from t7_parity.record import Recorder
 from t7_parity.registry import case
 from t7_parity.things import become, make, read, write
@@ -34,52 +35,66 @@ def fill(name: str) -> int:
         os.close(fd)
 
 
+def when_full(r: Recorder, step: str) -> None:
+    """Do one thing on a full filesystem that holds the files small and large."""
+    fd, large = os.open("small", os.O_RDWR), os.open("large", os.O_RDWR)
+    if step == "create":
+        fill_names(r)
+    elif step == "mkdir":
+        r("mkdir", os.mkdir, "d")
+    elif step == "symlink":
+        r("symlink", os.symlink, "t" * 1000, "link")
+    elif step == "grow":
+        r("write", os.pwrite, fd, b"x" * (1 << 20), 0)
+        r("fsync", os.fsync, fd)
+        r("overwrite", os.pwrite, large, b"x" * 1000, 0)
+        r("fsync", os.fsync, large)
+    elif step == "xattr":
+        r("set", os.setxattr, "small", "user.x", b"v" * 3000)
+    elif step == "mapping":
+        with mmap.mmap(large, 1 << 20) as mapping:
+            mapping[100:105] = b"hello"
+            r("flush", mapping.flush)
+    elif step == "copy":
+        r("copy", os.copy_file_range, large, fd, 1 << 20)
+    elif step == "rename":
+        r("rename", os.rename, "small", "moved")
+        r("unlink", os.unlink, "large")
+        r("write", os.write, fd, b"fits again")
+        r("fsync", os.fsync, fd)
+    elif step == "truncate":
+        r("truncate up", os.ftruncate, fd, 1 << 20)
+        r("truncate down", os.ftruncate, large, 10)
+        r("write in the hole", os.pwrite, fd, b"x", 1 << 19)
+    elif step == "read":
+        r("read", os.pread, fd, 100, 0)
+        r("list", lambda: sorted(os.listdir(".")))
+    os.close(fd)
+    os.close(large)
+
+
 @case(
     on="small",
     step=("create", "mkdir", "symlink", "grow", "xattr", "mapping", "copy", "rename", "truncate", "read"),
 )
 def full(r: Recorder, step: str) -> None:
+    before = os.fstatvfs(r.backing)
     write("small", b"0123456789")
     write("large", bytes(range(256)) * 4096)
     try:
         r.note("filled", errno.errorcode[fill("filling")])
-        fd = os.open("small", os.O_RDWR)
-        large = os.open("large", os.O_RDWR)
-        if step == "create":
-            fill_names(r)
-        elif step == "mkdir":
-            r("mkdir", os.mkdir, "d")
-        elif step == "symlink":
-            r("symlink", os.symlink, "t" * 1000, "link")
-        elif step == "grow":
-            r("write", os.pwrite, fd, b"x" * (1 << 20), 0)
-            r("fsync", os.fsync, fd)
-            r("overwrite", os.pwrite, large, b"x" * 1000, 0)
-            r("fsync", os.fsync, large)
-        elif step == "xattr":
-            r("set", os.setxattr, "small", "user.x", b"v" * 3000)
-        elif step == "mapping":
-            with mmap.mmap(large, 1 << 20) as mapping:
-                mapping[100:105] = b"hello"
-                r("flush", mapping.flush)
-        elif step == "copy":
-            r("copy", os.copy_file_range, large, fd, 1 << 20)
-        elif step == "rename":
-            r("rename", os.rename, "small", "moved")
-            r("unlink", os.unlink, "large")
-            r("write", os.write, fd, b"fits again")
-            r("fsync", os.fsync, fd)
-        elif step == "truncate":
-            r("truncate up", os.ftruncate, fd, 1 << 20)
-            r("truncate down", os.ftruncate, large, 10)
-            r("write in the hole", os.pwrite, fd, b"x", 1 << 19)
-        elif step == "read":
-            r("read", os.pread, fd, 100, 0)
-            r("list", lambda: sorted(os.listdir(".")))
+        when_full(r, step)
     finally:
         for name in os.listdir("."):
             if not os.path.isdir(name):
                 os.unlink(name)
+
+    def is_free_again() -> bool:
+        now = os.fstatvfs(r.backing)
+        return now.f_bfree >= before.f_bfree - 8 and now.f_ffree >= before.f_ffree - 1
+
+    # The daemon hears of a close a little later than the caller.
+    r.note("all space is free again", wait_until(is_free_again, 10, "the space of removed files"))
 
 
 def fill_names(r: Recorder) -> None:
