@@ -1,0 +1,40 @@
+"""The C extension: see module.c.  One session per process, as in pyfuse3."""
+
+from collections.abc import Callable
+
+def bind(path: str) -> str | None:
+    """Find libfuse through the loaded extension of pyfuse3 at *path*; return the name of a function it lacks."""
+
+def interposed() -> bool:
+    """Say whether what is loaded from now on calls our ``fuse_session_mount``."""
+
+def configure(
+    callback: Callable[[int, int, int, int, int, int, bytes], None],
+    opcodes: int,
+    flags: int,
+    max_background: int,
+    congestion_threshold: int,
+    resume: bytes,
+) -> None:
+    """Make the next session ours.
+
+    *callback* gets (opcode, unique, node, uid, gid, pid, body) of each request whose opcode is in the bit mask
+    *opcodes*; *flags* are INIT flags to set where the kernel offers them; 0 for a limit leaves libfuse's.  With an INIT
+    request as *resume* the kernel gets no second answer to it.  Raises RuntimeError while a session is open.
+    """
+
+def session() -> tuple[int, int, bytes] | None:
+    """Return (descriptor, granted INIT flags, INIT request) of our session, None if there is none."""
+
+def failure() -> str:
+    """Return why the last session did not start."""
+
+def current() -> tuple[int, int, bool]:
+    """Return (opcode, unique, whether suid and sgid must go) of the request that pyfuse3 has got last."""
+
+def reply(unique: int, error: int, data: bytes, /) -> None:
+    """Answer a request that *callback* got, once.
+
+    Raises OSError: ESRCH for a request that is not there to be answered, ENODEV without a session, else what
+    writev(2) on the device says.
+    """

@@ -1,0 +1,329 @@
+"""Requests, and what comes of them."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import random
+import struct
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pyfuse3
+import pytest
+import trio
+from fake_kernel import (
+    COPY,
+    COPY_64,
+    CREATE,
+    DIRECT_IO,
+    FALLOCATE,
+    INTERRUPT,
+    KEEP_CACHE,
+    LOG,
+    LSEEK,
+    NONSEEKABLE,
+    OLD,
+    OPEN,
+    OPENDIR,
+    PASSTHROUGH,
+    SETATTR,
+    WRITE,
+    Kernel,
+    Reply,
+    before_session,
+    fallocate_body,
+    open_out,
+    scenario,
+    serve_while,
+)  # fmt: skip
+
+from lockfs.errors import LockfsError
+from lockfs.kernel import _shim, session
+
+
+async def forever(*_args: object) -> None:
+    await trio.sleep_forever()
+
+
+# Replies to OPEN and CREATE --------------------------------------------------------------------------------------------
+
+
+@scenario
+async def backing_ids(k: Kernel) -> None:
+    flagged = {"keep_cache": True, "direct_io": True, "nonseekable": True}
+    create = struct.pack("=IIII", 0, 0o644, 0, 0) + b"name\0"
+    for index, backing_id in ((1, 1), (0xFFFFFFFF, 0x7FFFFFFF)):
+        for handler, opcode, body in (("open", OPEN, bytes(8)), ("create", CREATE, create)):
+            k.operations.on[handler] = pyfuse3.FileInfo(fh=session.mint(index, backing_id), **flagged)
+            assert open_out((await k.ask(opcode, body)).body) == (index, PASSTHROUGH, backing_id)
+            k.operations.on[handler] = pyfuse3.FileInfo(fh=session.mint(index, 0), **flagged)
+            plain = open_out((await k.ask(opcode, body)).body)
+            assert plain == (index, DIRECT_IO | KEEP_CACHE | NONSEEKABLE, 0)
+
+
+@scenario
+async def what_is_no_backing_id(k: Kernel) -> None:
+    k.operations.on["opendir"] = 5 | 7 << 32
+    assert open_out((await k.ask(OPENDIR, bytes(8))).body)[0] == 5 | 7 << 32
+    k.operations.on["open"] = pyfuse3.FileInfo(fh=5 | 0x80000000 << 32)
+    assert open_out((await k.ask(OPEN, bytes(8))).body) == (5 | 0x80000000 << 32, KEEP_CACHE, 0)
+
+    async def refuse(*_args: object) -> None:
+        raise pyfuse3.FUSEError(errno.EBUSY)
+
+    k.operations.on["open"] = refuse
+    unique = k.post(OPEN, bytes(8))
+    assert (await k.read()) == Reply(unique, errno.EBUSY, b"")
+    # The number of a request that was answered means nothing any more.
+    k.operations.on["opendir"] = 6 | 7 << 32
+    assert open_out((await k.ask(OPENDIR, bytes(8), unique)).body)[0] == 6 | 7 << 32
+    for bad in (-1, 1 << 32):
+        with pytest.raises(OverflowError):
+            session.mint(bad, 1)
+
+
+@before_session
+async def backing_ids_without_passthrough(k: Kernel) -> None:
+    k.post_init(OLD)
+    k.begin()
+    await k.read()
+    await serve_while(k, plain_open)
+
+
+async def plain_open(k: Kernel) -> None:
+    k.operations.on["open"] = pyfuse3.FileInfo(fh=3 | 9 << 32)
+    assert open_out((await k.ask(OPEN, bytes(8))).body) == (3, KEEP_CACHE, 0)
+
+
+# The missing requests --------------------------------------------------------------------------------------------------
+
+
+@scenario
+async def bodies_and_answers(k: Kernel) -> None:
+    seen: list[tuple[object, ...]] = []
+
+    async def see(*args: object) -> int:
+        seen.append(args)
+        return 7
+
+    k.operations.on |= {"fallocate": see, "lseek": see, "copy_file_range": see}
+    assert (await k.ask(FALLOCATE, fallocate_body(1))).body == b""
+    assert seen[-1][:4] == (1, 4, 2, 3)
+    ctx: Any = seen[-1][4]
+    assert (ctx.uid, ctx.gid, ctx.pid) == (1000, 1001, 1002)
+    assert (await k.ask(LSEEK, struct.pack("=QQII", 1, 2, os.SEEK_HOLE, 0))).body == struct.pack("=Q", 7)
+    assert seen[-1] == (1, 2, os.SEEK_HOLE)
+    assert (await k.ask(LSEEK, struct.pack("=QQII", 1, 2, os.SEEK_SET, 0))).error == errno.EINVAL
+    huge = struct.pack("=QQQQQQQ", 1, 2, 99, 3, 4, 1 << 40, 0)
+    assert (await k.ask(COPY, huge)).body == struct.pack("=II", 7, 0)
+    assert seen[-1] == (1, 2, 3, 4, 0xFFFFF000, 0)  # what its answer can report
+    assert (await k.ask(COPY_64, huge)).body == struct.pack("=Q", 7)
+    assert seen[-1] == (1, 2, 3, 4, 1 << 40, 0)
+
+
+@scenario
+async def handlers_that_fail(k: Kernel) -> None:
+    async def refuse(*_args: object) -> None:
+        raise pyfuse3.FUSEError(errno.ENOSPC)
+
+    async def break_down(*_args: object) -> None:
+        raise ValueError("on purpose")
+
+    k.operations.on["fallocate"] = refuse
+    assert (await k.ask(FALLOCATE, fallocate_body())).error == errno.ENOSPC
+    k.operations.on["fallocate"] = break_down
+    assert (await k.ask(FALLOCATE, fallocate_body())).error == errno.EIO
+    k.operations.on["copy_file_range"] = 8
+    assert (await k.ask(COPY, struct.pack("=QQQQQQQ", 1, 2, 99, 3, 4, 7, 0))).error == errno.EIO
+    for short in range(0, 32, 3):
+        assert (await k.ask(FALLOCATE, bytes(short))).error == errno.EIO
+    logged = [record.getMessage() for record in LOG.records]
+    assert len(logged) == 13 and all("FUSE opcode" in line for line in logged), logged
+
+
+@before_session
+async def cancelled_and_closed(k: Kernel) -> None:
+    async with trio.open_nursery() as k.nursery:
+        k.post_init()
+        k.begin()
+        await k.read()
+        await serve_while(k, cancel_handlers)
+
+
+async def cancel_handlers(k: Kernel) -> None:
+    k.operations.on["fallocate"] = forever
+    unique = k.post(FALLOCATE, fallocate_body())
+    await k.settle()
+    k.nursery.cancel_scope.cancel()
+    with trio.CancelScope(shield=True):
+        assert await k.read() == Reply(unique, errno.EIO, b"")
+
+
+@before_session
+async def nobody_to_serve(k: Kernel) -> None:
+    async with trio.open_nursery() as k.nursery:
+        k.post_init()
+        k.begin()
+        await k.read()
+    await serve_while(k, ask_in_vain)
+
+
+async def ask_in_vain(k: Kernel) -> None:
+    with unraisable() as found:
+        assert (await k.ask(FALLOCATE, fallocate_body())).error == errno.EIO
+    assert found == ["Nursery is closed to new arrivals"]
+
+
+@contextlib.contextmanager
+def unraisable() -> Iterator[list[str]]:
+    found: list[str] = []
+    sys.unraisablehook, before = lambda args: found.append(str(args.exc_value)), sys.unraisablehook
+    yield found
+    sys.unraisablehook = before
+
+
+@before_session
+async def missing_handlers(k: Kernel) -> None:
+    k.operations = pyfuse3.Operations()  # type: ignore[assignment]
+    k.post_init()
+    k.begin()
+    await k.read()
+    assert k.requests.opcodes == 0
+    await serve_while(k, all_unknown)
+
+
+async def all_unknown(k: Kernel) -> None:
+    for opcode in (FALLOCATE, LSEEK, COPY, COPY_64, 52, 63, 64, 99, 107, 0xFFFFFFFF):
+        assert (await k.ask(opcode, bytes(64))).error == errno.ENOSYS
+
+
+@scenario
+async def interrupts(k: Kernel) -> None:
+    go_on = trio.Event()
+
+    async def wait(*_args: object) -> None:
+        await go_on.wait()
+
+    k.operations.on["fallocate"] = wait
+    unique = k.post(FALLOCATE, fallocate_body())
+    for _ in range(1000):
+        k.post(INTERRUPT, struct.pack("=Q", unique), unique=unique | 1)
+    await k.settle()  # its own unknown request is the only one that was answered
+    go_on.set()
+    assert await k.read() == Reply(unique, 0, b"")
+    # Others go to libfuse, which answers EAGAIN when the next request comes and it was for none that it knows.
+    k.post(INTERRUPT, struct.pack("=Q", unique), unique=unique | 1)
+    k.operations.on["opendir"] = 1
+    other = k.post(OPENDIR, bytes(8))
+    assert {(await k.read()).unique, (await k.read()).unique} == {unique | 1, other}
+    k.post(INTERRUPT, b"", unique=5)
+    other = k.post(OPENDIR, bytes(8))
+    assert {(await k.read()).unique, (await k.read()).unique} == {5, other}
+
+
+@scenario
+async def each_is_answered_once(k: Kernel) -> None:
+    async def later(*_args: object) -> pyfuse3.FileInfo:
+        for _ in range(random.randrange(5)):
+            await trio.lowlevel.checkpoint()
+        return pyfuse3.FileInfo(fh=1 | 2 << 32)
+
+    k.operations.on |= {"fallocate": later, "open": later, "lseek": 9}
+    kinds: dict[int, int] = {}
+    seen: set[int] = set()
+
+    async def collect() -> None:
+        while len(seen) < 3000:
+            reply = await k.read()
+            assert reply.error == 0
+            assert reply.unique not in seen
+            seen.add(reply.unique)
+            size = {FALLOCATE: 0, OPEN: 16, LSEEK: 8}[kinds[reply.unique]]
+            assert len(reply.body) == size
+            if size == 16:
+                assert open_out(reply.body) == (1, PASSTHROUGH, 2)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(collect)
+        for number in range(3000):
+            opcode = random.choice((FALLOCATE, OPEN, LSEEK))
+            body = struct.pack("=QQII", 1, 2, os.SEEK_DATA, 0) if opcode == LSEEK else bytes(32)
+            kinds[number * 2 + 100] = opcode
+            k.post(opcode, body, unique=number * 2 + 100)
+            if number % 100 == 0:
+                await trio.lowlevel.checkpoint()
+    assert k.read_now() is None
+    assert seen == set(kinds)
+
+
+@scenario
+async def replies_that_must_not_be(k: Kernel) -> None:
+    def reply(unique: int, error: int = 0) -> int | None:
+        with pytest.raises(OSError) as failure:
+            _shim.reply(unique, error, b"")
+        return failure.value.errno
+
+    k.operations.on |= {"fallocate": forever, "open": forever}
+    mine, theirs = k.post(FALLOCATE, fallocate_body()), k.post(OPEN, bytes(8))
+    await k.settle()
+    assert reply(12345) == errno.ESRCH
+    assert reply(theirs) == errno.ESRCH
+    assert reply(mine, -1) == reply(mine, 512) == errno.EINVAL
+    _shim.reply(mine, errno.ENOSPC, b"not sent with an error")
+    assert reply(mine) == errno.ESRCH
+    assert await k.read() == Reply(mine, errno.ENOSPC, b"")
+    assert k.read_now() is None
+
+
+@before_session
+async def a_reply_after_the_end(k: Kernel) -> None:
+    k.post_init()
+    k.begin()
+    await k.read()
+    k.operations.on["fallocate"] = forever
+    k.post(FALLOCATE, fallocate_body(), unique=50)
+    await serve_while(k, Kernel.settle)
+    pyfuse3.close(unmount=False)
+    other, written = os.memfd_create("other"), k.fuse_fd
+    if other != written:
+        os.dup2(other, written)  # the number is another file's now
+    with pytest.raises(OSError) as failure:
+        _shim.reply(50, 0, b"")
+    assert failure.value.errno == errno.ENODEV
+    assert os.fstat(other).st_size == 0
+    with pytest.raises(LockfsError, match="not ours"):
+        session.negotiated()
+    k.fuse_fd = -1
+
+
+# What handlers are told ------------------------------------------------------------------------------------------------
+
+
+@scenario
+async def suid_must_go(k: Kernel) -> None:
+    k.operations.on |= {
+        "setattr": pyfuse3.EntryAttributes(), "open": pyfuse3.FileInfo(fh=1), "create": pyfuse3.FileInfo(fh=1),
+        "write": 3,
+    }  # fmt: skip
+    for kill in (True, False):
+        setattr_in = struct.pack("=I", 1 << 3 | kill << 11) + bytes(84)
+        write_in = struct.pack("=QQIIQII", 1, 0, 3, kill << 2, 0, 0, 0) + b"abc"
+        for opcode, body in (
+            (SETATTR, setattr_in),
+            (OPEN, struct.pack("=II", 0, kill)),
+            (CREATE, struct.pack("=IIII", 0, 0o644, 0, kill) + b"name\0"),
+            (WRITE, write_in),
+        ):
+            reply = await k.ask(opcode, body)
+            assert reply.error == 0
+            assert k.operations.current[-1] == session.Current(opcode, reply.unique, kill)
+
+
+@scenario
+async def notifications_from_a_thread(k: Kernel) -> None:
+    await trio.to_thread.run_sync(pyfuse3.invalidate_inode, 5, True)
+    reply = await k.read()
+    assert (reply.unique, reply.error) == (0, 2)
