@@ -6,18 +6,20 @@ serves.  It starts fast: it imports neither trio nor pyfuse3.
 
 from __future__ import annotations
 
+import fcntl
 import getopt
 import os
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 from lockfs import __version__
 from lockfs.cli import option_help, preflight, spawn
 from lockfs.errors import EXIT_INTERRUPTED, EXIT_OK, LockfsError, MountError, UsageError
 from lockfs.linux.libc import failed, libc
-from lockfs.options import is_remount, join, parse
+from lockfs.options import MountOptions, is_remount, join, parse
 from lockfs.protocol import start
 
 PROGRAM = "mount.lockfs"
@@ -163,8 +165,13 @@ def _mount(call: Call) -> None:
     # As typed, since mount -a looks for it; but a relative path means nothing to anyone later.
     fsname = typed if typed.startswith(b"/") else os.path.abspath(typed)
     source = preflight.look(typed, "source")
-    target = preflight.look(mountpoint, "mountpoint")
-    preflight.check(source, target, fsname)
+    with alone(preflight.look(mountpoint, "mountpoint").path):
+        target = preflight.look(mountpoint, "mountpoint")  # as it is now, after another helper may have mounted
+        preflight.check(source, target, fsname)
+        _start(call, options, source, target, fsname)
+
+
+def _start(call: Call, options: MountOptions, source: preflight.Place, target: preflight.Place, fsname: bytes) -> None:
     run_dir = start.run_dir()
     call.say(f"mounting {source.shown} on {target.shown}, backend {options.values['backend']}")
     start.ensure_lockd(run_dir)
@@ -179,6 +186,19 @@ def _mount(call: Call) -> None:
     )
     spawn.mount_and_wait(request, run_dir, call.say)
     call.say(f"{target.shown} is mounted")
+
+
+@contextmanager
+def alone(mountpoint: bytes) -> Iterator[None]:
+    """Keep other mount helpers off a mountpoint: two that both found it free would mount one over the other."""
+    fd = os.open(mountpoint, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        # Where the mountpoint's filesystem has no locks, nobody has to wait: nobody mounts there twice by chance.
+        with suppress(OSError):
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
 
 
 def kernel_data(labels: Mapping[str, str]) -> str:

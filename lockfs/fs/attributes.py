@@ -46,7 +46,9 @@ class AttributeOperations(WriteRights):
         if fields.update_size:
             await self.truncate(node, attr.st_size, fh, ctx)
         with self.nodes.borrow(node) as fd:
-            if fields.update_uid or fields.update_gid or fields.update_mode:
+            nothing = not (fields.update_size or fields.update_atime or fields.update_mtime)
+            if fields.update_uid or fields.update_gid or fields.update_mode or nothing:
+                # A chown that changes nothing arrives as a request for nothing: it clears set-id bits all the same.
                 uid = attr.st_uid if fields.update_uid else -1
                 gid = attr.st_gid if fields.update_gid else -1
                 mode = st.S_IMODE(attr.st_mode) if fields.update_mode else None
@@ -148,7 +150,7 @@ def _changes(status: os.stat_result, uid: int, gid: int, mode: int | None) -> bo
 
 
 def _set_owner_and_mode(fd: int, uid: int, gid: int, mode: int | None) -> None:
-    if uid != -1 or gid != -1:
+    if uid != -1 or gid != -1 or mode is None:
         files.chown(fd, uid, gid)
     # After the owner: a change of owner clears the set-id bits.
     if mode is not None:

@@ -98,8 +98,15 @@ def set_up_process() -> None:
     credentials.keep_capabilities()
     # With it the storage would let everybody write past quotas and into the blocks that are kept for root.
     credentials.drop_capability(credentials.CAP_SYS_RESOURCE)
+    logging.getLogger("pyfuse3").addFilter(_is_awaited)
     signal.signal(signal.SIGALRM, lambda _number, _frame: None)
     signal.setitimer(signal.ITIMER_REAL, INTERRUPT_SECONDS, INTERRUPT_SECONDS)
+
+
+def _is_awaited(record: logging.LogRecord) -> bool:
+    """Tell whether a record of pyfuse3 is worth keeping: a reply that nobody waits for, once unmounted, is not."""
+    lost = record.args == (os.strerror(errno.ENOENT),) or record.args == (os.strerror(errno.ENODEV),)
+    return not (lost and "fuse_reply_* failed" in record.msg)
 
 
 def _registration(request: Request, storage: mountinfo.MountInfo) -> messages.Mount:

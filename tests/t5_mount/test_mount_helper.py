@@ -478,3 +478,19 @@ def test_remount_without_fstab(here: Here, tmp_path: Path) -> None:
     done = here.host.run("mount", "-T", empty, "-o", "remount,ro", here.mountpoint)
     assert done.returncode == 0, done.stderr
     assert {"ro", "nosuid", "nodev"} <= set(info(mount).options)
+
+
+def test_of_many_helpers_at_once_one_mounts(host: Host, storage: Path, tmp_path: Path) -> None:
+    mountpoint = tmp_path / "mnt"
+    mountpoint.mkdir()
+    command = [BIN / "mount.lockfs", storage, mountpoint]
+    helpers = [
+        subprocess.Popen(command, env=host.environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        for _ in range(6)
+    ]
+    errors = [helper.communicate(timeout=60)[1] for helper in helpers]
+    assert sorted(helper.returncode for helper in helpers) == [0, 32, 32, 32, 32, 32]
+    assert sum("already mounted" in error for error in errors) == 5
+    stack = [each for each in mountinfo.read() if each.mountpoint == os.fsencode(mountpoint)]
+    assert len(stack) == 1
+    subprocess.run(["umount", mountpoint], check=True)
