@@ -1,8 +1,10 @@
-"""A filesystem whose byte locks fail: a FUSE server that speaks the raw protocol and answers each lock with an errno.
+"""A filesystem whose byte locks fail: a FUSE server that speaks the raw protocol and answers each lock with
+an errno.
 
-``python lockless.py MOUNTPOINT ERRNO all|img`` mounts it, says "ready", and serves until it is unmounted.  It has one
-file, ``img``, and forgets at once what is created besides.  With ``img``, locks fail on that file only.
-Protocol: linux/fuse.h.  No FUSE library is used, since those hide locks from the server or take them themselves.
+``python lockless.py MOUNTPOINT ERRNO all|img`` mounts it, says "ready", and serves until it is unmounted.
+It has one file, ``img``, and forgets at once what is created besides.  With ``img``, locks fail on that
+file only. Protocol: linux/fuse.h.  No FUSE library is used, since those hide locks from the server or take
+them themselves.
 """
 
 from __future__ import annotations

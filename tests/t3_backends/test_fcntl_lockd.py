@@ -16,14 +16,14 @@ from typing import Any
 import pytest
 import trio
 from harness import mounts
+from lockfs_fcntl_lockd import lockspace as lockspaces
+from lockfs_fcntl_lockd import preflight
 from t3_backends.stations import station
 
 from lockfs.backend import UNKNOWN_HOST, Busy, Holder, Mode
 from lockfs.errors import LockUnavailable, MountError
 from lockfs.linux import mount as mount_calls
 from lockfs.linux import ofd
-from lockfs_fcntl_lockd import lockspace as lockspaces
-from lockfs_fcntl_lockd import preflight
 
 EXCLUSIVE, SHARED = Mode.EXCLUSIVE, Mode.SHARED
 HERE = ("host-a", "host-b")

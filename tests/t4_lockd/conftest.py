@@ -6,10 +6,12 @@ from collections.abc import AsyncIterator
 
 import pytest
 import trio
+from harness.host import Host
 from harness.waiting import wait_until
 from t4_lockd.fakes import FakeBackend, Lab
 
 from lockfs.linux import closer
+from lockfs.protocol.start import ensure_lockd
 
 
 @pytest.fixture
@@ -32,3 +34,20 @@ async def lab(
     assert lab.backend.granted == {}
     wait_until(lambda: not lab.closer._running, 5, "descriptors are closed")
     assert lab.open_fds() == []
+
+
+@pytest.fixture
+def environment(host: Host, monkeypatch: pytest.MonkeyPatch) -> Host:
+    """Make this process a part of the host: a lockd that it starts is that host's."""
+    for name, value in host.environment.items():
+        if name.startswith(("LOCKFS_", "PYTHON")):
+            monkeypatch.setenv(name, value)
+    return host
+
+
+@pytest.fixture
+def lockd(environment: Host, monkeypatch: pytest.MonkeyPatch) -> Host:
+    """A host whose lockd runs, and does not leave while a test takes its time."""
+    monkeypatch.setenv("LOCKFS_IDLE_EXIT", "60")
+    ensure_lockd(str(environment.run_dir))
+    return environment

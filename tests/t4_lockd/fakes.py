@@ -1,6 +1,7 @@
 """A backend in memory with a second host, whose calls can be made to hang; and a table with it.
 
-The backend checks what lockd promises it: calls for one image never overlap, no grant is taken twice or given back twice.
+The backend checks what lockd promises it: calls for one image never overlap, no grant is taken twice or
+given back twice.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ OTHER = Holder("other-host", Mode.EXCLUSIVE, 99, "qemu")
 
 @dataclass
 class FakeBackend:
-    """`elsewhere` are images that another host has, `hang` those whose calls wait for the event, as in a thread:
-    they cannot be cancelled.  `calls` is what was asked.
+    """`elsewhere` are images that another host has, `hang` those whose calls wait for the event, as in a
+    thread: they cannot be cancelled.  `calls` is what was asked.
     """
 
     excludes: bool = True
