@@ -1,7 +1,7 @@
 """Where the daemons log: the journal where there is one, else a file in the run directory.
 
-The environment variable ``LOCKFS_LOG`` overrides: ``stderr``, ``file``, ``journal``.  The file is bounded, since a run
-directory lies in memory: one old generation is kept.
+The environment variable ``LOCKFS_LOG`` overrides: ``stderr``, ``file``, ``journal``.  The file is bounded,
+since a run directory lies in memory: one old generation is kept.
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ def _field(name: str, value: str) -> bytes:
 
 
 def set_up(component: str, run_dir: str) -> None:
-    """Make the root logger of a daemon write where it should; *component* names the log file and the journal identifier."""
+    """Make the root logger of a daemon write where it should; *component* names the log file and the
+    journal identifier.
+    """
     where = os.environ.get("LOCKFS_LOG") or ("journal" if os.path.exists(JOURNAL) else "file")
     handler: logging.Handler
     if where == "journal":

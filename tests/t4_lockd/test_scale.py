@@ -23,10 +23,9 @@ CONNECTIONS = 1000
 
 
 @pytest.fixture
-def many_descriptors() -> Iterator[None]:
+def many_descriptors() -> None:
     """Allow this process as many as it takes."""
     raise_descriptor_limit()
-    yield
 
 
 @pytest.mark.usefixtures("many_descriptors")
