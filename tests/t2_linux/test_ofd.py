@@ -111,6 +111,6 @@ def test_a_posix_lock_of_a_process_is_seen_with_its_pid(opened: Callable[..., in
 
 
 def test_what_it_needs_is_said_by_the_kernel(opened: Callable[..., int]) -> None:
-    with pytest.raises(OSError) as caught:  # noqa: PT011: the errno is what matters
+    with pytest.raises(OSError) as caught:
         ofd.lock(opened(os.O_RDONLY), exclusive=True, **BYTE)
     assert caught.value.errno == errno.EBADF
