@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from functools import partial
 from pathlib import Path
 
 import pytest
+from harness.lockless import Lockless
 from t3_backends.stations import Open, Station, station
 
 
@@ -41,3 +42,17 @@ async def b(leaves_nothing: None, open_host: Open) -> AsyncIterator[Station]:
     """Another host."""
     async with open_host("host-b") as made:
         yield made
+
+
+@pytest.fixture
+def lockless_fs(leaves_nothing: None, tmp_path: Path) -> Iterator[Callable[[int, str], Lockless]]:
+    """Mount a filesystem whose locks fail."""
+    made: list[Lockless] = []
+
+    def make(error: int, where: str) -> Lockless:
+        made.append(Lockless(tmp_path / "lockless", error, where))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()

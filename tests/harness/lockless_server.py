@@ -12,13 +12,14 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import signal
 import stat
 import struct
 import sys
 
 LOOKUP, FORGET, GETATTR, SETATTR, UNLINK, OPEN, STATFS, RELEASE = 1, 2, 3, 4, 10, 14, 17, 18
 FLUSH, INIT, OPENDIR, RELEASEDIR, GETLK, SETLK, SETLKW, CREATE = 25, 26, 27, 29, 31, 32, 33, 35
-BATCH_FORGET = 42
+INTERRUPT, BATCH_FORGET = 36, 42
 POSIX_LOCKS = 1 << 1
 ROOT, IMG, NEW = 1, 2, 3
 
@@ -29,6 +30,7 @@ ATTR = struct.Struct("<6Q10I")
 ENTRY = struct.Struct("<QQQQII")
 OPENED = struct.Struct("<QIi")
 NO_LOCK = struct.Struct("<QQII")
+GRANTED = {SETLK: b"", SETLKW: b"", GETLK: NO_LOCK.pack(0, 0, 2, 0)}
 
 
 def attributes(node: int) -> bytes:
@@ -57,9 +59,9 @@ def answer(opcode: int, node: int, body: bytes, failing: range, error: int) -> b
     if opcode == CREATE:
         return entry(NEW) + OPENED.pack(0, 0, 0)
     if opcode in (SETLK, SETLKW, GETLK):
-        if node in failing:
+        if node in failing and error:
             return error
-        return NO_LOCK.pack(0, 0, 2, 0) if opcode == GETLK else b""
+        return GRANTED[opcode]
     if opcode in (RELEASE, RELEASEDIR, FLUSH, UNLINK):
         return b""
     if opcode == STATFS:
@@ -67,33 +69,55 @@ def answer(opcode: int, node: int, body: bytes, failing: range, error: int) -> b
     return errno.ENOSYS
 
 
-def serve(fd: int, failing: range, error: int) -> None:
-    while True:
-        try:
-            request = os.read(fd, 1 << 17)
-        except OSError as caught:
-            if caught.errno == errno.ENODEV:
-                return
-            if caught.errno in (errno.EINTR, errno.ENOENT):
-                continue
-            raise
-        _, opcode, unique, node, *_ = IN_HEADER.unpack_from(request)
-        reply = answer(opcode, node, request[IN_HEADER.size :], failing, error)
-        if reply is None:
-            continue
-        code, body = (-reply, b"") if isinstance(reply, int) else (0, reply)
-        os.write(fd, OUT_HEADER.pack(OUT_HEADER.size + len(body), code, unique) + body)
+class Server:
+    """Answers the requests that come from *fd*; locks on the nodes *failing* are answered as the module says."""
+
+    def __init__(self, fd: int, failing: range, error: int) -> None:
+        self.fd = fd
+        self.failing = failing
+        self.error = error
+        self.hanging = not error
+        self.unanswered: list[tuple[int, int]] = []
+
+    def go_on(self, *_signal: object) -> None:
+        """Answer what has been waiting, and hang no more."""
+        self.hanging = False
+        while self.unanswered:
+            unique, opcode = self.unanswered.pop()
+            self.reply(unique, GRANTED[opcode])
+
+    def serve(self) -> None:
+        while True:
+            try:
+                request = os.read(self.fd, 1 << 17)
+            except OSError as caught:
+                if caught.errno == errno.ENODEV:
+                    return
+                if caught.errno in (errno.EINTR, errno.ENOENT):
+                    continue
+                raise
+            _, opcode, unique, node, *_ = IN_HEADER.unpack_from(request)
+            if opcode in GRANTED and node in self.failing and self.hanging:
+                self.unanswered.append((unique, opcode))
+            elif opcode != INTERRUPT:
+                self.reply(unique, answer(opcode, node, request[IN_HEADER.size :], self.failing, self.error))
+
+    def reply(self, unique: int, answer: bytes | int | None) -> None:
+        if answer is not None:
+            code, body = (-answer, b"") if isinstance(answer, int) else (0, answer)
+            os.write(self.fd, OUT_HEADER.pack(OUT_HEADER.size + len(body), code, unique) + body)
 
 
 def main(mountpoint: str, error: str, where: str) -> None:
     fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
+    server = Server(fd, range(IMG, NEW + 1) if where == "all" else range(IMG, IMG + 1), int(error))
+    signal.signal(signal.SIGUSR1, server.go_on)
     libc = ctypes.CDLL(None, use_errno=True)
     data = f"fd={fd},rootmode=40000,user_id=0,group_id=0".encode()
     if libc.mount(b"lockless", os.fsencode(mountpoint), b"fuse.lockless", 0, data) != 0:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), mountpoint)
     print("ready", flush=True)
-    failing = range(IMG, NEW + 1) if where == "all" else range(IMG, IMG + 1)
-    serve(fd, failing, int(error))
+    server.serve()
 
 
 if __name__ == "__main__":
