@@ -10,11 +10,14 @@ import sys
 
 import trio
 
+from lockfs import kernel, options, text
 from lockfs import log as logs
-from lockfs import options, text
 from lockfs.errors import EXIT_SYSTEM, LockfsError
-from lockfs.fs.daemon import Request, serve
 from lockfs.protocol.start import run_dir
+
+kernel.load()  # before anything imports pyfuse3
+
+from lockfs.fs.daemon import Request, serve  # noqa: E402
 
 log = logging.getLogger("lockfs.fs")
 

@@ -43,12 +43,13 @@ class AttributeOperations(WriteRights):
     ) -> EntryAttributes:
         """Change size, owner, mode and times, in the order in which none undoes another."""
         node = self.nodes.get(inode)
+        clears_suid = self.clears_suid()
         if fields.update_size:
             await self.truncate(node, attr.st_size, fh, ctx)
         with self.nodes.borrow(node) as fd:
+            # A chown that changes nothing arrives as a request for nothing.  It is one, too, to clear the set-id bits.
             nothing = not (fields.update_size or fields.update_atime or fields.update_mtime)
-            if fields.update_uid or fields.update_gid or fields.update_mode or nothing:
-                # A chown that changes nothing arrives as a request for nothing: it clears set-id bits all the same.
+            if fields.update_uid or fields.update_gid or fields.update_mode or nothing or clears_suid:
                 uid = attr.st_uid if fields.update_uid else -1
                 gid = attr.st_gid if fields.update_gid else -1
                 mode = st.S_IMODE(attr.st_mode) if fields.update_mode else None

@@ -19,6 +19,8 @@ from lockfs.fs.nodes import Node, NodeTable
 from lockfs.fs.owners import Owners
 from lockfs.fs.source import HIDDEN, Found
 from lockfs.fs.work import Work
+from lockfs.kernel import session
+from lockfs.kernel.session import Negotiated
 
 log = logging.getLogger("lockfs.fs")
 
@@ -67,7 +69,12 @@ def replies(
 
 
 class Base(pyfuse3.Operations):
-    """The parts, and helpers of more than one theme."""
+    """The parts, and helpers of more than one theme.
+
+    `negotiated` is what the kernel agreed to, set before the first request comes; None without the kernel module.
+    """
+
+    negotiated: Negotiated | None = None
 
     def __init__(self, parts: Parts) -> None:
         self.nodes = parts.nodes
@@ -99,6 +106,10 @@ class Base(pyfuse3.Operations):
         """Give what was found to the kernel: its node, counted once more, and its attributes.  Takes the descriptor."""
         stat = found.stat
         return self.attributes(self.nodes.adopt(found, parent, name), stat)
+
+    def clears_suid(self) -> bool:
+        """Tell whether the request that a handler was called for is to clear set-id bits; before the first await."""
+        return self.negotiated is not None and self.negotiated.kill_suidgid and session.current().kill_suidgid
 
     def visible(self, parent: Node, name: bytes) -> None:
         """Raise OSError(ENOENT) for lockfs's own directory."""

@@ -5,10 +5,16 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import signal
 from collections.abc import Sequence
 
-from lockfs import text
+import pyfuse3
+import trio
+
+from lockfs import kernel, text
 from lockfs.errors import MountError, SystemError_
+from lockfs.fs.operations import Operations
+from lockfs.kernel import extra, session, wire
 from lockfs.linux import mount, mountinfo, tree
 
 log = logging.getLogger("lockfs.fs")
@@ -21,6 +27,15 @@ MAX_BACKGROUND = 1000
 
 Its default of 12 is soon full of direct I/O, behind which each RELEASE, and the next owner of that image, would wait.
 """
+
+SETTINGS = session.Settings(
+    flags=wire.HANDLE_KILLPRIV_V2 | wire.DONT_MASK,
+    max_background=MAX_BACKGROUND,
+    congestion_threshold=MAX_BACKGROUND * 3 // 4,
+)
+
+INTERRUPT_SECONDS = 0.5
+"""How long a read of /dev/fuse may block with the interpreter's lock held."""
 
 
 def attach(source: bytes, mountpoint: bytes, flags: Sequence[str], root_mode: int, data: Sequence[str]) -> int:
@@ -44,6 +59,30 @@ def attach(source: bytes, mountpoint: bytes, flags: Sequence[str], root_mode: in
             hint = "Something is mounted there in this way already: see findmnt."
         raise MountError(f"cannot mount on {text.from_bytes(mountpoint)}: {error.strerror}", hint=hint) from error
     return fd
+
+
+def begin(operations: Operations, fd: int, nursery: trio.Nursery) -> None:
+    """Start the session on a mounted connection: with the kernel module, or as pyfuse3 does without.
+
+    Raises `LockfsError`, RuntimeError.
+    """
+    if (missing := kernel.why_not()) is None:
+        operations.negotiated = session.begin(operations, fd, extra.Requests(operations, nursery), SETTINGS)
+        return
+    log.info("no sparse files, allocation or copies inside the storage on this mount: %s", missing)
+    interrupt_reads()
+    pyfuse3.init(operations, f"/dev/fd/{fd}", set())
+
+
+def interrupt_reads() -> None:
+    """End reads of /dev/fuse that find nothing.
+
+    Without the kernel module pyfuse3 reads with the interpreter's lock held when the device is ready; but a caller
+    that is killed at that moment takes its request back, and the read blocks.  After a signal pyfuse3 waits for the
+    device again.
+    """
+    signal.signal(signal.SIGALRM, lambda _number, _frame: None)
+    signal.setitimer(signal.ITIMER_REAL, INTERRUPT_SECONDS, INTERRUPT_SECONDS)
 
 
 def widen(mountpoint: bytes) -> None:

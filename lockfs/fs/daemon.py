@@ -35,13 +35,6 @@ MIN_TASKS = 10
 MAX_TASKS = 5000
 """Requests that may wait at once: opens that wait for a lock must not keep a stat from being answered."""
 
-INTERRUPT_SECONDS = 0.5
-"""How long a read of /dev/fuse may block with the interpreter's lock held.
-
-pyfuse3 reads when the device is ready, but a caller that is killed at that moment takes its request back, and the
-read blocks. A timer's signal ends it; pyfuse3 then waits for the device again.
-"""
-
 
 @dataclass(frozen=True, slots=True)
 class Request:
@@ -99,8 +92,6 @@ def set_up_process() -> None:
     # With it the storage would let everybody write past quotas and into the blocks that are kept for root.
     credentials.drop_capability(credentials.CAP_SYS_RESOURCE)
     logging.getLogger("pyfuse3").addFilter(_is_awaited)
-    signal.signal(signal.SIGALRM, lambda _number, _frame: None)
-    signal.setitimer(signal.ITIMER_REAL, INTERRUPT_SECONDS, INTERRUPT_SECONDS)
 
 
 def _is_awaited(record: logging.LogRecord) -> bool:
@@ -145,7 +136,7 @@ async def _serve(
     request: Request, operations: Operations, session: LockdSession, nursery: trio.Nursery, ready: Callable[[], None]
 ) -> None:
     mountpoint = text.from_bytes(request.mountpoint)
-    async with _mounted(request, operations):
+    async with _mounted(request, operations, nursery):
         nursery.start_soon(session.follow, mountpoint, operations.guard.lose)
         nursery.start_soon(_unmount_on_signal, request.mountpoint)
         nursery.start_soon(_announce, request, operations, ready)
@@ -154,11 +145,11 @@ async def _serve(
 
 
 @asynccontextmanager
-async def _mounted(request: Request, operations: Operations) -> AsyncIterator[None]:
+async def _mounted(request: Request, operations: Operations, nursery: trio.Nursery) -> AsyncIterator[None]:
     mode = os.fstat(operations.nodes.fd(operations.nodes.root)).st_mode
     fd = connection.attach(request.fsname, request.mountpoint, request.flags, mode, request.data)
     try:
-        pyfuse3.init(operations, f"/dev/fd/{fd}", set())
+        connection.begin(operations, fd, nursery)
     except BaseException:
         os.close(fd)
         mount.umount(request.mountpoint, mount.MNT_DETACH)
@@ -182,7 +173,8 @@ async def _detach(mountpoint: bytes) -> None:
 
 async def _announce(request: Request, operations: Operations, ready: Callable[[], None]) -> None:
     await operations.started.wait()
-    connection.widen(request.mountpoint)
+    if operations.negotiated is None:
+        connection.widen(request.mountpoint)
     log.info(
         "mounted %s on %s, backend %s",
         text.from_bytes(request.source), text.from_bytes(request.mountpoint), request.options.values["backend"],

@@ -15,8 +15,9 @@ from lockfs.fs.guard import Hold
 from lockfs.fs.handles import FileHandle
 from lockfs.fs.nodes import Node
 from lockfs.fs.source import Found
-from lockfs.fs.work import Caller
+from lockfs.fs.work import DAEMON, Caller
 from lockfs.fs.writing import WriteRights
+from lockfs.linux import files
 from lockfs.linux.files import proc_path
 from lockfs.protocol.messages import Owner
 
@@ -41,6 +42,7 @@ class FileOperations(WriteRights):
     async def _open(self, node: Node, flags: int, ctx: RequestContext) -> FileInfo:
         writable = flags & os.O_ACCMODE != os.O_RDONLY
         truncates = bool(flags & os.O_TRUNC)
+        clears_suid = self.clears_suid()
         manager: Owner | None = None
         hold: Hold | None = None
         if writable or truncates:
@@ -53,6 +55,8 @@ class FileOperations(WriteRights):
             hold = await self.hold_to_read(node, ctx)
         try:
             fd = await self._open_backing(node, flags & _PASSED_ON, ctx)
+            if clears_suid:
+                await self.work.long(DAEMON, files.chown, fd, -1, -1)
             if truncates and not writable and hold is not None:
                 # Only the truncation was a write.  Until it is given back, the hold keeps out writers of a pinned
                 # image, too.
@@ -91,7 +95,7 @@ class FileOperations(WriteRights):
         self.creatable(parent, name)
         with self.nodes.borrow(parent) as directory:
             try:
-                fd, found = await self.work.long(ctx, _create, directory, name, mode, flags & _PASSED_ON)
+                fd, found = await self.work.long(ctx, _create, directory, name, mode, ctx.umask, flags & _PASSED_ON)
             except FileExistsError:
                 if flags & os.O_EXCL:
                     raise
@@ -149,7 +153,10 @@ class FileOperations(WriteRights):
     async def write(self, fh: int, off: int, buf: bytes) -> int:
         """Write all of *buf*, or as much as the storage takes."""
         handle = self.handles.file(fh)
+        clears_suid = self.clears_suid()
         await self.claim(handle)
+        if clears_suid:
+            await self.work.long(DAEMON, files.chown, handle.fd, -1, -1)
         written = _write_at_once(handle.fd, off, buf)
         if written == len(buf):
             return written
@@ -186,9 +193,9 @@ class FileOperations(WriteRights):
             await self.guard.release(handle.hold)
 
 
-def _create(directory: int, name: bytes, mode: int, flags: int) -> tuple[int, Found]:
+def _create(directory: int, name: bytes, mode: int, umask: int, flags: int) -> tuple[int, Found]:
     flags = flags & ~os.O_TRUNC | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    fd = os.open(name, flags, mode, dir_fd=directory)
+    fd = os.open(name, flags, source.apply_umask(directory, mode, umask), dir_fd=directory)
     try:
         return fd, source.identify(os.open(proc_path(fd), os.O_PATH | os.O_CLOEXEC))
     except BaseException:

@@ -1,11 +1,13 @@
-"""Open files and directories of the mount, by the number that the kernel knows them by.  Numbers are never used
-again.
+"""Open files and directories of the mount, by the number that the kernel knows them by.
+
+A number has 32 bits, since the kernel module needs the others; one that was given back is used again as late as can be.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+from collections import deque
 from dataclasses import dataclass, field
 
 import trio
@@ -13,6 +15,10 @@ import trio
 from lockfs.fs.guard import Hold
 from lockfs.fs.nodes import Node
 from lockfs.protocol.messages import Owner
+
+MAX_NUMBER = (1 << 32) - 1
+KEPT_FREE = 65536
+"""Numbers that have to be free before one is used again: a late request gets EBADF, and not another's file."""
 
 
 @dataclass(slots=True)
@@ -47,6 +53,7 @@ class Handles:
 
     def __init__(self) -> None:
         self._last = 0
+        self._freed: deque[int] = deque()
         self._files: dict[int, FileHandle] = {}
         self._directories: dict[int, DirectoryHandle] = {}
 
@@ -55,15 +62,21 @@ class Handles:
 
     def add_file(self, handle: FileHandle) -> int:
         """Give an open file its number."""
-        self._last += 1
-        self._files[self._last] = handle
-        return self._last
+        number = self._number()
+        self._files[number] = handle
+        return number
 
     def add_directory(self, handle: DirectoryHandle) -> int:
         """Give an open directory its number."""
-        self._last += 1
-        self._directories[self._last] = handle
-        return self._last
+        number = self._number()
+        self._directories[number] = handle
+        return number
+
+    def _number(self) -> int:
+        if self._last < MAX_NUMBER and len(self._freed) < KEPT_FREE:
+            self._last += 1
+            return self._last
+        return self._freed.popleft()
 
     def file(self, number: int) -> FileHandle:
         """Return an open file.  Raises OSError(EBADF)."""
@@ -83,12 +96,14 @@ class Handles:
         """Remove an open file and return it.  Raises OSError(EBADF)."""
         handle = self.file(number)
         del self._files[number]
+        self._freed.append(number)
         return handle
 
     def take_directory(self, number: int) -> DirectoryHandle:
         """Remove an open directory and return it.  Raises OSError(EBADF)."""
         handle = self.directory(number)
         del self._directories[number]
+        self._freed.append(number)
         return handle
 
     def take_all(self) -> list[FileHandle]:

@@ -13,7 +13,7 @@ from lockfs.fs import source
 from lockfs.fs.base import Base, replies
 from lockfs.fs.guard import Hold
 from lockfs.fs.nodes import Node
-from lockfs.fs.source import Found
+from lockfs.fs.source import Found, apply_umask
 from lockfs.linux import files
 from lockfs.protocol.messages import Owner
 
@@ -55,12 +55,22 @@ class NameOperations(Base):
     @replies
     async def mknod(self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: RequestContext) -> EntryAttributes:
         """Make a file, device, fifo or socket.  A regular file is made without a lock: nobody has written it yet."""
-        return await self._make(parent_inode, name, ctx, lambda directory: os.mknod(name, mode, rdev, dir_fd=directory))
+        return await self._make(
+            parent_inode,
+            name,
+            ctx,
+            lambda directory: os.mknod(name, apply_umask(directory, mode, ctx.umask), rdev, dir_fd=directory),
+        )
 
     @replies
     async def mkdir(self, parent_inode: int, name: bytes, mode: int, ctx: RequestContext) -> EntryAttributes:
         """Make a directory."""
-        return await self._make(parent_inode, name, ctx, lambda directory: os.mkdir(name, mode, dir_fd=directory))
+        return await self._make(
+            parent_inode,
+            name,
+            ctx,
+            lambda directory: os.mkdir(name, apply_umask(directory, mode, ctx.umask), dir_fd=directory),
+        )
 
     @replies
     async def symlink(self, parent_inode: int, name: bytes, target: bytes, ctx: RequestContext) -> EntryAttributes:

@@ -9,9 +9,10 @@ from lockfs.fs.base import Parts
 from lockfs.fs.directories import DirectoryOperations
 from lockfs.fs.files import FileOperations
 from lockfs.fs.names import NameOperations
+from lockfs.fs.space import SpaceOperations
 
 
-class Operations(NameOperations, AttributeOperations, FileOperations, DirectoryOperations):
+class Operations(NameOperations, AttributeOperations, FileOperations, SpaceOperations, DirectoryOperations):
     """The overlay.  `started` is set when the kernel's first request is being answered."""
 
     supports_dot_lookup = True

@@ -11,6 +11,7 @@ import os
 from dataclasses import dataclass
 
 from lockfs.linux import handle
+from lockfs.linux.files import proc_path
 
 HIDDEN = b".lockfs"
 """lockfs's own directory at the top of the source; not to be seen or reached through the mount."""
@@ -49,6 +50,16 @@ def identify(fd: int) -> Found:
 def find(directory: int, name: bytes) -> Found:
     """Return what *name* in *directory* is.  Raises OSError, as for a missing name."""
     return identify(os.open(name, PATH_FLAGS, dir_fd=directory))
+
+
+def apply_umask(directory: int, mode: int, umask: int) -> int:
+    """Return the mode of a new file in *directory*: the umask counts only where there is no default ACL (acl(5))."""
+    if mode & umask:
+        try:
+            os.getxattr(proc_path(directory), "system.posix_acl_default")
+        except OSError:
+            return mode & ~umask
+    return mode
 
 
 def same(directory: int, name: bytes, found: Found) -> bool:

@@ -18,6 +18,7 @@ libc.renameat2.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c
 libc.utimensat.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_int]
 libc.fchownat.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_uint, ctypes.c_uint, ctypes.c_int]
 libc.linkat.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_int]
+libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 
 
 def rename(old_dir: int, old: bytes, new_dir: int, new: bytes, flags: int) -> None:
@@ -46,6 +47,12 @@ def chown(fd: int, uid: int, gid: int) -> None:
 def link(fd: int, directory: int, name: bytes) -> None:
     """Give what *fd* refers to one more name.  Needs CAP_DAC_READ_SEARCH."""
     if libc.linkat(fd, b"", directory, name, AT_EMPTY_PATH) != 0:
+        raise failed()
+
+
+def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
+    """Allocate or free space, as fallocate(2) with its modes."""
+    if libc.fallocate(fd, mode, offset, length) != 0:
         raise failed()
 
 

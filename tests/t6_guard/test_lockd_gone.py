@@ -29,7 +29,7 @@ def test_opens_for_writing_get_enolck_and_reads_go_on(
     mount: Mount, host: Host, host_b: Host, storage: Path, tmp_path: Path, expect_log
 ) -> None:
     expect_log(GONE)
-    other = host_b.mount(storage, tmp_path / "b", "wait=0")
+    other = host_b.mount(storage, tmp_path / "b", "wait=0.3")
     for name in ("held", "free"):
         (storage / name).write_text("content")
     with Actor() as holder, Actor() as asker:
@@ -61,8 +61,8 @@ def test_mounting_again_brings_it_back(mount: Mount, host: Host, storage: Path, 
 
 def test_a_mount_daemon_that_is_killed_frees_its_images(host: Host, host_b: Host, storage: Path, tmp_path: Path) -> None:
     """Nothing can write through a mount whose daemon is dead, so its images are free as soon as it is."""
-    a = host.mount(storage, tmp_path / "a", "wait=0")
-    b = host_b.mount(storage, tmp_path / "b", "wait=0")
+    a = host.mount(storage, tmp_path / "a", "wait=0.3")
+    b = host_b.mount(storage, tmp_path / "b", "wait=0.3")
     (storage / "image").touch()
     with Actor() as holder, Actor() as other:
         fd = holder.call("open", a / "image", os.O_RDWR)

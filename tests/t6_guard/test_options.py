@@ -45,7 +45,7 @@ def mounted(host: Host, host_b: Host, storage: Path, tmp_path: Path) -> Callable
 
 
 def test_only_what_matches_is_guarded(mounted, actors) -> None:
-    a, b = mounted("images=*.img,wait=0")
+    a, b = mounted("images=*.img,wait=0.3")
     first, second = actors(), actors()
     for name, expected in (("a.img", "EBUSY"), ("notes.txt", "ok")):
         first.call("open", a / name, WRITE)
@@ -58,7 +58,7 @@ def test_only_what_matches_is_guarded(mounted, actors) -> None:
 
 
 def test_shared_images_have_many_writers_but_no_remover(mounted, actors) -> None:
-    a, b = mounted("shared=*.img,wait=0")
+    a, b = mounted("shared=*.img,wait=0.3")
     first, second = actors(), actors()
     fd = first.call("open", a / "a.img", READ_WRITE)
     assert second.result("open", b / "a.img", READ_WRITE) == "ok"
@@ -72,7 +72,7 @@ def test_shared_images_have_many_writers_but_no_remover(mounted, actors) -> None
 
 
 def test_readers_of_a_pinned_image_keep_writers_away(mounted, actors) -> None:
-    a, b = mounted("pin=a.img,wait=0")
+    a, b = mounted("pin=a.img,wait=0.3")
     reader, second_reader, writer = actors(), actors(), actors()
     fds = [reader.call("open", a / "a.img", READ), second_reader.call("open", b / "a.img", READ)]
     for call in (("open", WRITE), ("truncate", 0), ("unlink",)):
@@ -87,7 +87,7 @@ def test_readers_of_a_pinned_image_keep_writers_away(mounted, actors) -> None:
 
 def test_a_reader_of_a_pinned_image_may_become_its_writer(mounted, actors) -> None:
     """As a hypervisor does: it opens for writing while it still has the image open for reading."""
-    a, b = mounted("pin=a.img,wait=0")
+    a, b = mounted("pin=a.img,wait=0.3")
     owner, other = actors(), actors()
     reading = owner.call("open", a / "a.img", READ)
     writing = owner.call("open", a / "a.img", READ_WRITE)
@@ -101,7 +101,7 @@ def test_a_reader_of_a_pinned_image_may_become_its_writer(mounted, actors) -> No
 
 
 def test_truncation_through_a_read_only_open_of_a_pinned_image(mounted, actors) -> None:
-    a, b = mounted("pin=a.img,wait=0")
+    a, b = mounted("pin=a.img,wait=0.3")
     first, other = actors(), actors()
     fd = first.call("open", a / "a.img", READ | os.O_TRUNC)
     assert other.result("open", b / "a.img", WRITE) == "EBUSY"
@@ -113,7 +113,7 @@ def test_truncation_through_a_read_only_open_of_a_pinned_image(mounted, actors) 
 
 
 def test_two_opens_are_two_owners(mounted, actors) -> None:
-    a, _b = mounted("owner=open,wait=0")
+    a, _b = mounted("owner=open,wait=0.3")
     one = actors()
     fd = one.call("open", a / "a.img", WRITE)
     assert one.result("open", a / "a.img", WRITE) == "EBUSY"
@@ -140,7 +140,7 @@ def control_group(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_control_group_is_one_owner(mounted, actors, control_group: Path) -> None:
-    a, b = mounted("owner=cgroup,wait=0")
+    a, b = mounted("owner=cgroup,wait=0.3")
     inside, also_inside, outside = actors(), actors(), actors()
     for each in (inside, also_inside):
         (control_group / "cgroup.procs").write_text(str(each.pid))
@@ -155,7 +155,7 @@ def test_a_control_group_is_one_owner(mounted, actors, control_group: Path) -> N
 def test_threads_of_a_process_are_one_owner(mounted) -> None:
     import threading
 
-    a, _b = mounted("wait=0")
+    a, _b = mounted("wait=0.3")
     fds: list[int] = []
     for _ in range(3):
         thread = threading.Thread(target=lambda: fds.append(os.open(a / "a.img", WRITE)))
@@ -168,7 +168,7 @@ def test_threads_of_a_process_are_one_owner(mounted) -> None:
 
 def test_a_caller_in_another_pid_namespace_owns_by_itself(mounted, actors) -> None:
     """The mount daemon may see such a caller (a child namespace) or not; either way it is one owner, and held out."""
-    a, b = mounted("wait=0")
+    a, b = mounted("wait=0.3")
     inside = actors("unshare", "--pid", "--fork")
     outside = actors()
     inside.call("open", a / "a.img", WRITE)
@@ -224,7 +224,7 @@ def test_where_locks_go_by_path_a_held_image_keeps_its_name(
     lockspace.mkdir()
     (storage / "a.img").write_text("image")
     (storage / "other").write_text("x")
-    mount = host.mount(storage, tmp_path / "a", f"key=path,lockspace={lockspace},wait=0")
+    mount = host.mount(storage, tmp_path / "a", f"key=path,lockspace={lockspace},wait=0.3")
     owner = actors()
     fd = owner.call("open", mount / "a.img", WRITE)
     assert len(list(lockspace.iterdir())) == 1
@@ -253,7 +253,7 @@ def manager(actors, tmp_path: Path) -> Actor:
 
 
 def test_a_manager_opens_what_others_hold_but_cannot_write(mounted, actors, manager: Actor, storage: Path) -> None:
-    a, b = mounted("wait=0")
+    a, b = mounted("wait=0.3")
     holder = actors()
     fd = holder.call("open", a / "a.img", WRITE)
     for mount in (a, b):
@@ -270,7 +270,7 @@ def test_a_manager_opens_what_others_hold_but_cannot_write(mounted, actors, mana
 
 
 def test_a_manager_takes_the_lock_with_its_first_write(mounted, actors, manager: Actor, storage: Path) -> None:
-    a, b = mounted("wait=0")
+    a, b = mounted("wait=0.3")
     other = actors()
     managed = manager.call("open", a / "a.img", READ_WRITE)
     fd = other.call("open", b / "a.img", WRITE)
@@ -283,7 +283,7 @@ def test_a_manager_takes_the_lock_with_its_first_write(mounted, actors, manager:
 
 
 def test_who_is_a_manager_can_be_chosen(mounted, actors, manager: Actor) -> None:
-    a, b = mounted("wait=0,managers=")
+    a, b = mounted("wait=0.3,managers=")
     holder = actors()
     holder.call("open", a / "a.img", WRITE)
     assert manager.result("open", b / "a.img", READ_WRITE) == "EBUSY"
@@ -293,7 +293,7 @@ def test_who_is_a_manager_can_be_chosen(mounted, actors, manager: Actor) -> None
 
 
 def test_a_handle_keeps_the_lock_while_any_copy_of_it_is_open(mounted, actors) -> None:
-    a, b = mounted("wait=0")
+    a, b = mounted("wait=0.3")
     other = actors()
     fd = os.open(a / "a.img", READ_WRITE)
     child = os.fork()
@@ -312,7 +312,7 @@ def test_a_shared_mapping_keeps_the_lock_after_close(mounted, actors, storage: P
     import ctypes
     import mmap
 
-    a, b = mounted("wait=0")
+    a, b = mounted("wait=0.3")
     other = actors()
     libc = ctypes.CDLL(None, use_errno=True)
     libc.mmap.restype = ctypes.c_void_p

@@ -40,7 +40,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
     storage = base / "storage"
     storage.mkdir()
     hosts = [Host(name, tmp_path_factory.mktemp("h")) for name in ("host-a", "host-b")]
-    options = "wait=0"
+    options = "wait=0.2"
     try:
         yield Scene(
             storage,
