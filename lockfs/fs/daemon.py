@@ -14,18 +14,20 @@ from dataclasses import dataclass
 import pyfuse3
 import trio
 
-from lockfs import options, text
+from lockfs import kernel, options, text
 from lockfs.errors import LockUnavailable, MountError
 from lockfs.fs import connection, source
 from lockfs.fs.base import Parts
 from lockfs.fs.guard import Guard
 from lockfs.fs.handles import Handles
+from lockfs.fs.mappings import Mappings
 from lockfs.fs.nodes import Node, NodeTable
 from lockfs.fs.operations import Operations
 from lockfs.fs.owners import Owners
 from lockfs.fs.policy import Policy
 from lockfs.fs.session import LockdSession
 from lockfs.fs.work import Work
+from lockfs.kernel.backing import Backing
 from lockfs.linux import credentials, mount, mountinfo, tree
 from lockfs.protocol import messages
 
@@ -136,7 +138,9 @@ async def _serve(
     request: Request, operations: Operations, session: LockdSession, nursery: trio.Nursery, ready: Callable[[], None]
 ) -> None:
     mountpoint = text.from_bytes(request.mountpoint)
-    async with _mounted(request, operations, nursery):
+    async with _mounted(request, operations, nursery) as fd:
+        if request.options.values["data"] != "gated":
+            _bypass(request, operations, fd, nursery)
         nursery.start_soon(session.follow, mountpoint, operations.guard.lose)
         nursery.start_soon(_unmount_on_signal, request.mountpoint)
         nursery.start_soon(_announce, request, operations, ready)
@@ -144,8 +148,25 @@ async def _serve(
     log.info("unmounted %s", mountpoint)
 
 
+def _bypass(request: Request, operations: Operations, fd: int, nursery: trio.Nursery) -> None:
+    """Let data go past the daemon, if the kernel can; else say so, or refuse the mount where nothing else is wanted."""
+    agreed = operations.negotiated
+    if agreed is None or not agreed.passthrough:
+        missing = kernel.probe() or "The kernel did not agree to passthrough."
+        if request.options.values["data"] == "passthrough":
+            raise MountError(f"no data=passthrough here: {missing}", hint="Use data=auto or data=gated.")
+        log.info("all data goes through the mount daemon: %s", missing)
+        return
+    found = mountinfo.at(request.mountpoint)
+    if found is None:
+        raise MountError(f"{text.from_bytes(request.mountpoint)} was unmounted while it was mounted")
+    operations.backing = Backing(fd, enabled=True)
+    operations.mappings = Mappings(operations.nodes, operations.guard, operations.backing, fd, found.dev)
+    nursery.start_soon(operations.mappings.run)
+
+
 @asynccontextmanager
-async def _mounted(request: Request, operations: Operations, nursery: trio.Nursery) -> AsyncIterator[None]:
+async def _mounted(request: Request, operations: Operations, nursery: trio.Nursery) -> AsyncIterator[int]:
     mode = os.fstat(operations.nodes.fd(operations.nodes.root)).st_mode
     fd = connection.attach(request.fsname, request.mountpoint, request.flags, mode, request.data)
     try:
@@ -155,7 +176,7 @@ async def _mounted(request: Request, operations: Operations, nursery: trio.Nurse
         mount.umount(request.mountpoint, mount.MNT_DETACH)
         raise
     try:
-        yield
+        yield fd
     except BaseException:
         # Nobody serves it any more: a mount that is left would only give errors.
         await _detach(request.mountpoint)

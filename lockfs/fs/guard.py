@@ -55,6 +55,7 @@ class Hold:
 class _Owned:
     """What one owner holds of one image through this mount.  `turn` keeps its transitions apart."""
 
+    owner: Owner
     counts: dict[Mode, int] = field(default_factory=lambda: dict.fromkeys(Mode, 0))
     turn: trio.Lock = field(default_factory=trio.Lock)
     users: int = 0
@@ -153,7 +154,7 @@ class Guard:
         Raises `Busy` with the holder, `LockUnavailable`, or OSError if the file cannot be opened as the lock needs.
         """
         image = self._enter(node)
-        owned = image.owners.setdefault(owner.key, _Owned())
+        owned = image.owners.setdefault(owner.key, _Owned(owner))
         owned.users += 1
         hold = Hold(image, owner, mode)
         try:
@@ -169,6 +170,22 @@ class Guard:
             self._leave(image, owner.key, owned)
             raise
         return hold
+
+    def join(self, node: Node) -> Hold | None:
+        """Share what an owner in this mount holds exclusively; None if none does.
+
+        The lock then stays until both have given it back.
+        """
+        image = self._images.get(node.identity)
+        if image is None or image.lost:
+            return None
+        for owned in image.owners.values():
+            if owned.counts[Mode.EXCLUSIVE]:
+                image.users += 1
+                owned.users += 1
+                owned.counts[Mode.EXCLUSIVE] += 1
+                return Hold(image, owned.owner, Mode.EXCLUSIVE)
+        return None
 
     async def release(self, hold: Hold) -> None:
         """Give one hold back.  Never fails, and is not cut short by a cancellation."""

@@ -26,7 +26,8 @@ class FileHandle:
     """One open file description on the mount.
 
     `hold` is the right to write, or to read a pinned image; None where none is needed, and for a manager's handle
-    until its first write.
+    until its first write.  `counted` says that it counts as an open in `lockfs.kernel.backing`, `mappable` that memory
+    mapped from it changes the storage without a word to this daemon.
     """
 
     node: Node
@@ -35,6 +36,8 @@ class FileHandle:
     hold: Hold | None = None
     manager: Owner | None = None
     turn: trio.Lock | None = None
+    counted: bool = False
+    mappable: bool = False
 
 
 @dataclass(slots=True)

@@ -17,6 +17,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import trio
+
 from lockfs.fs.source import Found, Key
 from lockfs.linux import handle
 
@@ -75,6 +77,7 @@ class NodeTable:
         self._by_id: dict[int, Node] = {ROOT: self.root}
         self._by_key: dict[Key, Node] = {root_found.key: self.root}
         self._open: OrderedDict[int, Node] = OrderedDict()
+        self._awaited: dict[int, trio.Event] = {}
 
     def __len__(self) -> int:
         return len(self._by_id)
@@ -139,9 +142,19 @@ class NodeTable:
             return
         del self._by_id[node.id]
         del self._by_key[node.key]
+        if (event := self._awaited.pop(node.id, None)) is not None:
+            event.set()
         self._open.pop(node.id, None)
         if node.borrowers == 0:
             self._close(node)
+
+    def when_forgotten(self, node: Node) -> trio.Event:
+        """Return an event that is set when the kernel has forgotten the node."""
+        if node.id not in self._by_id:
+            event = trio.Event()
+            event.set()
+            return event
+        return self._awaited.setdefault(node.id, trio.Event())
 
     def fd(self, node: Node) -> int:
         """Return an O_PATH descriptor of the node, good until the table is used again.  Raises OSError (ESTALE)."""

@@ -9,10 +9,13 @@ from lockfs.fs.base import Parts
 from lockfs.fs.directories import DirectoryOperations
 from lockfs.fs.files import FileOperations
 from lockfs.fs.names import NameOperations
+from lockfs.fs.opening import OpenOperations
 from lockfs.fs.space import SpaceOperations
 
 
-class Operations(NameOperations, AttributeOperations, FileOperations, SpaceOperations, DirectoryOperations):
+class Operations(
+    NameOperations, AttributeOperations, OpenOperations, FileOperations, SpaceOperations, DirectoryOperations
+):
     """The overlay.  `started` is set when the kernel's first request is being answered."""
 
     supports_dot_lookup = True
@@ -21,6 +24,7 @@ class Operations(NameOperations, AttributeOperations, FileOperations, SpaceOpera
     def __init__(self, parts: Parts) -> None:
         super().__init__(parts)
         self.started = trio.Event()
+        self._one_at_a_time = trio.Lock()
 
     def init(self) -> None:
         """Note that the kernel has introduced itself."""

@@ -1,0 +1,196 @@
+"""Operations that open files: open and create.
+
+Whoever is to write gets the image first, and nothing is changed before.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat as st
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+
+import trio
+from pyfuse3 import EntryAttributes, FileInfo, RequestContext
+
+from lockfs.fs import source
+from lockfs.fs.base import replies
+from lockfs.fs.guard import Hold
+from lockfs.fs.handles import FileHandle
+from lockfs.fs.nodes import Node
+from lockfs.fs.source import Found
+from lockfs.fs.work import DAEMON, Caller
+from lockfs.fs.writing import WriteRights
+from lockfs.kernel import session
+from lockfs.kernel.backing import Backing
+from lockfs.linux import files
+from lockfs.linux.files import proc_path
+from lockfs.protocol.messages import Owner
+
+_PASSED_ON = os.O_ACCMODE | os.O_TRUNC | os.O_SYNC | os.O_DSYNC | os.O_NOATIME
+"""Flags of an open that the daemon's descriptor of the file gets.
+
+Not O_APPEND: the kernel says where each write goes, and a descriptor that appends would not heed it.  Not O_DIRECT: the
+kernel passes such requests on uncached, but their memory is not aligned here.
+"""
+
+
+@dataclass(slots=True)
+class _Right:
+    """What an open may do: `hold` is the image, None if none is needed; `manager` takes it at its first write."""
+
+    hold: Hold | None = None
+    manager: Owner | None = None
+
+
+class OpenOperations(WriteRights):
+    """Handlers that open.  `backing` has the backing ids of what bypasses the daemon; None if nothing does."""
+
+    backing: Backing | None = None
+    _one_at_a_time: trio.Lock
+
+    @replies
+    async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
+        """Open a file."""
+        return await self._open(self.nodes.get(inode), flags, ctx)
+
+    async def _open(self, node: Node, flags: int, ctx: RequestContext) -> FileInfo:
+        clears_suid = self.clears_suid()
+        right = await self._right_to_open(node, flags, ctx)
+        async with AsyncExitStack() as undo:
+            undo.push_async_callback(self._give_up, right)
+            fd = await self._open_backing(node, flags & _PASSED_ON, ctx)
+            undo.callback(os.close, fd)
+            if clears_suid:
+                await self.work.long(DAEMON, files.chown, fd, -1, -1)
+            if flags & os.O_TRUNC and flags & os.O_ACCMODE == os.O_RDONLY:
+                await self._only_read_on(right, node, ctx)
+            info = await self._new_handle(node, fd, flags, right, ctx)
+            undo.pop_all()
+        return info
+
+    async def _right_to_open(self, node: Node, flags: int, ctx: RequestContext) -> _Right:
+        truncates = flags & os.O_TRUNC
+        if flags & os.O_ACCMODE == os.O_RDONLY and not truncates:
+            return _Right(await self.hold_to_read(node, ctx))
+        owner, is_manager = self.owners.of(ctx)
+        if is_manager and not truncates and self.guard.policy.guarded(node.path()):
+            return _Right(manager=owner)
+        return _Right(await self.hold_to_write(node, owner, ctx))
+
+    async def _only_read_on(self, right: _Right, node: Node, ctx: RequestContext) -> None:
+        """After a truncation by a read-only open: it was the only write, so a pinned image is held as by a reader."""
+        if right.hold is not None:
+            # In this order: until it is given back, the hold keeps other writers out.
+            writing, right.hold = right.hold, await self.hold_to_read(node, ctx)
+            await self.guard.release(writing)
+
+    async def _give_up(self, right: _Right) -> None:
+        if right.hold is not None:
+            await self.guard.release(right.hold)
+
+    async def _open_backing(self, node: Node, flags: int, ctx: Caller) -> int:
+        with self.nodes.borrow(node) as fd:
+            path = proc_path(fd)
+            if not self.work.remote and not flags & os.O_TRUNC:
+                try:
+                    # O_NONBLOCK: only another's lease on the file could make this wait.
+                    return os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK)
+                except BlockingIOError:
+                    pass
+            return await self.work.long(ctx, os.open, path, flags | os.O_CLOEXEC)
+
+    async def _new_handle(self, node: Node, fd: int, flags: int, right: _Right, ctx: Caller) -> FileInfo:
+        """Give the kernel its handle; on failure nothing is left but *fd* and *right*, which may have got a hold."""
+        backing_id = await self._bypass(node, fd, right, ctx)
+        handle = FileHandle(
+            node, fd, flags & os.O_ACCMODE != os.O_RDONLY, right.hold, right.manager,
+            counted=self.backing is not None, mappable=bool(backing_id) and flags & os.O_ACCMODE == os.O_RDWR,
+        )  # fmt: skip
+        number = self.handles.add_file(handle)
+        # What is cached of a file may be older than what another host has written since it was last open here.  A
+        # manager's handle bypasses the cache, so that each write arrives, and is refused, by itself; nor can it be
+        # mapped for writing.
+        return FileInfo(
+            fh=session.mint(number, backing_id), keep_cache=False, direct_io=handle.manager is not None
+        )
+
+    async def _bypass(self, node: Node, fd: int, right: _Right, ctx: Caller) -> int:
+        """Return the backing id with which the file's data bypasses the daemon; 0 if it does not."""
+        if self.backing is None:
+            return 0
+        wanted = right.manager is None
+        if self.work.remote:
+            # A file server looks at who makes the call that follows; two of them would make two ids for one file.
+            async with self._one_at_a_time:
+                backing_id = await self.work.long(ctx, lambda: _backing_id(self.backing, node.id, fd, wanted))
+        else:
+            backing_id = _backing_id(self.backing, node.id, fd, wanted)
+        if backing_id and right.manager is not None:
+            # The kernel takes no mix of the two ways to data, so that a manager's writes would bypass the guard here.
+            try:
+                joined = self.guard.join(node)
+                right.hold = joined or await self.hold_to_write(node, right.manager, ctx)
+                right.manager = None
+            except BaseException:
+                self.backing.close(node.id)
+                raise
+        return backing_id
+
+    @replies
+    async def create(
+        self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: RequestContext
+    ) -> tuple[FileInfo, EntryAttributes]:
+        """Make a file and open it, or open what somebody else has just made there."""
+        parent = self.nodes.get(parent_inode)
+        self.creatable(parent, name)
+        with self.nodes.borrow(parent) as directory:
+            try:
+                fd, found = await self.work.long(ctx, _create, directory, name, mode, ctx.umask, flags & _PASSED_ON)
+            except FileExistsError:
+                if flags & os.O_EXCL:
+                    raise
+                return await self._open_existing(parent, directory, name, flags, ctx)
+        entry = self.enter(found, parent, name)
+        node = self.nodes.get(entry.st_ino)
+        async with AsyncExitStack() as undo:
+            undo.callback(self.nodes.forget, node.id, 1)
+            undo.callback(os.close, fd)
+            right = await self._right_to_open(node, flags & ~os.O_TRUNC, ctx)
+            undo.push_async_callback(self._give_up, right)
+            info = await self._new_handle(node, fd, flags, right, ctx)
+            undo.pop_all()
+        return info, entry
+
+    async def _open_existing(
+        self, parent: Node, directory: int, name: bytes, flags: int, ctx: RequestContext
+    ) -> tuple[FileInfo, EntryAttributes]:
+        found = await self.work.short(ctx, source.find, directory, name)
+        if not st.S_ISREG(found.stat.st_mode):
+            found.close()
+            # Makes the kernel look the name up again and go on from what it is now.
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        node = self.nodes.adopt(found, parent, name)
+        try:
+            info = await self._open(node, flags, ctx)
+            with self.nodes.borrow(node) as fd:
+                status = await self.work.short(ctx, os.fstat, fd)
+        except BaseException:
+            self.nodes.forget(node.id, 1)
+            raise
+        return info, self.attributes(node, status)
+
+
+def _backing_id(backing: Backing | None, node: int, fd: int, wanted: bool) -> int:
+    return 0 if backing is None else backing.open(node, fd, wanted=wanted)
+
+
+def _create(directory: int, name: bytes, mode: int, umask: int, flags: int) -> tuple[int, Found]:
+    flags = flags & ~os.O_TRUNC | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    fd = os.open(name, flags, source.apply_umask(directory, mode, umask), dir_fd=directory)
+    try:
+        return fd, source.identify(os.open(proc_path(fd), os.O_PATH | os.O_CLOEXEC))
+    except BaseException:
+        os.close(fd)
+        raise
