@@ -8,22 +8,13 @@ from typing import cast
 
 from lockfs.fs.base import replies
 from lockfs.fs.handles import FileHandle
-from lockfs.fs.mappings import Mappings
 from lockfs.fs.work import DAEMON
 from lockfs.fs.writing import WriteRights
-from lockfs.kernel.backing import Backing
 from lockfs.linux import files
 
 
 class FileOperations(WriteRights):
-    """Handlers for open files.
-
-    `backing` has the backing ids of what bypasses the daemon, None if nothing does; `mappings` tells when nobody can
-    write to such a file any more.
-    """
-
-    backing: Backing | None = None
-    mappings: Mappings | None = None
+    """Handlers for open files."""
 
     @replies
     async def read(self, fh: int, off: int, size: int) -> bytes:
@@ -79,7 +70,7 @@ class FileOperations(WriteRights):
         if handle.hold is None:
             return
         if handle.mappable and self.mappings is not None:
-            self.mappings.when_gone(handle.node, handle.hold)
+            self.mappings.closed(handle.node, handle.hold)
         else:
             await self.guard.release(handle.hold)
 

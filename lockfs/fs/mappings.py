@@ -10,7 +10,9 @@ request tells when it ends.  So the image stays held until one of two things is 
 from __future__ import annotations
 
 import errno
+import logging
 import math
+from collections import Counter
 from dataclasses import dataclass
 
 import trio
@@ -19,6 +21,9 @@ from lockfs.fs.guard import Guard, Hold
 from lockfs.fs.nodes import Node, NodeTable
 from lockfs.kernel import device
 from lockfs.kernel.backing import Backing
+from lockfs.linux import holders
+
+log = logging.getLogger("lockfs.fs")
 
 _PRUNE_WAITS = (0.001, 0.005)
 """Seconds to wait for the kernel to forget.  It does so at once, but for the file whose close(2) has yet to return."""
@@ -46,12 +51,25 @@ class Mappings:
         self._fuse_fd = fuse_fd
         self._dev = dev
         self._can_prune = True
+        self._open: Counter[tuple[int, str]] = Counter()
         self._fresh: list[_Closed] = []
+        self._passed_on: list[Hold] = []
         self._changed = trio.Event()
 
-    def when_gone(self, node: Node, hold: Hold) -> None:
-        """Give *hold* back as soon as nobody can write to the closed image of *node* through memory."""
-        self._fresh.append(_Closed(node, hold))
+    def opened(self, node: Node, hold: Hold) -> None:
+        """Note an open file that can be mapped for writing."""
+        self._open[node.id, hold.owner.key] += 1
+
+    def closed(self, node: Node, hold: Hold) -> None:
+        """Give the *hold* of a closed file back as soon as nobody can write to it through memory."""
+        key = (node.id, hold.owner.key)
+        self._open[key] -= 1
+        if self._open[key]:
+            # The owner keeps the image by another such file, at whose end all mappings are looked for.
+            self._passed_on.append(hold)
+        else:
+            del self._open[key]
+            self._fresh.append(_Closed(node, hold))
         self._changed.set()
 
     async def run(self) -> None:
@@ -64,8 +82,10 @@ class Mappings:
                     await self._changed.wait()
                 pause = min(pause * 2, _LAST_PAUSE)
                 waiting = mapped
+                self._changed = trio.Event()
+                while self._passed_on:
+                    nursery.start_soon(self._guard.release, self._passed_on.pop())
                 if self._fresh:
-                    self._changed = trio.Event()
                     fresh, self._fresh = self._fresh, []
                     waiting = mapped + fresh
                     pause = _FIRST_PAUSE
@@ -107,7 +127,9 @@ class Mappings:
         return [each for each in closed if each.node.id in mapped]
 
     async def _mapped(self, numbers: set[int]) -> set[int]:
-        from lockfs.linux import holders
-
-        found = await trio.to_thread.run_sync(lambda: holders.uses(self._dev, numbers, mappings_only=True))
+        try:
+            found = await trio.to_thread.run_sync(lambda: holders.uses(self._dev, numbers, mappings_only=True))
+        except holders.Incomplete as error:
+            log.info("images stay locked that may be mapped still: %s", error)
+            return numbers
         return {use.ino for use in found if use.writable}

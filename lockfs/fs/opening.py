@@ -45,9 +45,8 @@ class _Right:
 
 
 class OpenOperations(WriteRights):
-    """Handlers that open.  `backing` has the backing ids of what bypasses the daemon; None if nothing does."""
+    """Handlers that open."""
 
-    backing: Backing | None = None
     _one_at_a_time: trio.Lock
 
     @replies
@@ -108,6 +107,8 @@ class OpenOperations(WriteRights):
             node, fd, flags & os.O_ACCMODE != os.O_RDONLY, right.hold, right.manager,
             counted=self.backing is not None, mappable=bool(backing_id) and flags & os.O_ACCMODE == os.O_RDWR,
         )  # fmt: skip
+        if handle.mappable and handle.hold is not None and self.mappings is not None:
+            self.mappings.opened(node, handle.hold)
         number = self.handles.add_file(handle)
         # What is cached of a file may be older than what another host has written since it was last open here.  A
         # manager's handle bypasses the cache, so that each write arrives, and is refused, by itself; nor can it be

@@ -13,14 +13,23 @@ from lockfs.backend import Mode
 from lockfs.fs.base import Base
 from lockfs.fs.guard import Hold
 from lockfs.fs.handles import FileHandle
+from lockfs.fs.mappings import Mappings
 from lockfs.fs.nodes import Node
 from lockfs.fs.work import DAEMON, Caller
+from lockfs.kernel.backing import Backing
 from lockfs.linux.files import proc_path
 from lockfs.protocol.messages import Owner
 
 
 class WriteRights(Base):
-    """Helpers of all operations that change bytes."""
+    """Helpers of all operations that change bytes.
+
+    `backing` has the backing ids of files whose data bypasses the daemon, `mappings` tells when nobody can write to
+    such a file any more; both are None where all data goes through the daemon.
+    """
+
+    backing: Backing | None = None
+    mappings: Mappings | None = None
 
     async def hold_to_write(self, node: Node, owner: Owner, caller: Caller) -> Hold | None:
         """Take the image of *node* as its writers take it; None if it is not guarded.  Raises as `Guard.hold`."""
