@@ -33,6 +33,8 @@ from lockfs.protocol import start
 
 STOP_TIMEOUT = 5.0
 """Seconds that calls under way may take when lockd is told to stop; a storage that hangs must not keep it."""
+LEAVE_TIMEOUT = 0.5
+"""Seconds that mounts have to go when lockd is told to stop."""
 TAKE_OVER_TIMEOUT = 5.0
 """Seconds that a lockd which has closed its socket may take to end before its successor gives up."""
 WANTED_DESCRIPTORS = 1 << 19
@@ -156,6 +158,10 @@ class Daemon:
             task_status.started()
             number = await anext(signals)
             log.info("%s: lockd stops", signal.Signals(number).name)
+            # Whoever stops all at once tells us and the mount daemons at the same time.
+            with trio.move_on_after(LEAVE_TIMEOUT):
+                while shares.mounts or shares.leaving:
+                    await trio.sleep(0.01)
             if shares.mounts:
                 log.warning("lockd stops while %d mounts need it; they keep the locks they have", len(shares.mounts))
             self._unlisten(listener)

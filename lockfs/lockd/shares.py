@@ -33,10 +33,14 @@ log = logging.getLogger(__name__)
 
 
 class Shares:
-    """The shares of this host and their mounts.  *host* is the name of this host among the others."""
+    """The shares of this host and their mounts.  *host* is the name of this host among the others.
+
+    `leaving` counts the mounts that are gone and whose locks are still being given back.
+    """
 
     def __init__(self, nursery: trio.Nursery, table: Table, events: Events, host: str, run_dir: str) -> None:
         self.mounts: dict[str, Mounted] = {}
+        self.leaving = 0
         self.host = host
         self._nursery = nursery
         self._table = table
@@ -113,6 +117,13 @@ class Shares:
 
     async def leave(self, mounted: Mounted) -> None:
         """Forget a mount whose daemon is gone, and free what it held; returns when that is done."""
+        self.leaving += 1
+        try:
+            await self._leave(mounted)
+        finally:
+            self.leaving -= 1
+
+    async def _leave(self, mounted: Mounted) -> None:
         share = mounted.share
         del self.mounts[mounted.mount_id]
         del share.mounts[mounted.mount_id]

@@ -100,7 +100,8 @@ class Bare:
     def send(self, data: bytes, fds: Sequence[int] = ()) -> None:
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
         sent = self.socket.sendmsg([data], rights)
-        self.socket.sendall(data[sent:])
+        if sent < len(data):
+            self.socket.sendall(data[sent:])
 
     def call(self, method: str, parameters: object = None, **more: object) -> None:
         self.send(msgspec.json.encode({"method": method, "parameters": parameters or {}, **more}) + b"\0")

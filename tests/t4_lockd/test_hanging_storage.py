@@ -31,7 +31,7 @@ async def test_locks_that_hang(lockd: Host, hanging: Lockless, storage: Path, ex
 
     async def unavailable(mount: FakeMount, seconds: float) -> None:
         begin = time.monotonic()
-        with pytest.raises(LockUnavailable, match="the storage of .*/hanging (did|has) not"):
+        with pytest.raises(LockUnavailable, match=r"the storage of .*/hanging (did|has) not"):
             await mount.acquire("x")
         assert seconds - 0.5 <= time.monotonic() - begin <= seconds + 3
 

@@ -39,7 +39,7 @@ def test_a_thousand_connections(lockd: Host) -> None:
     assert len(processes.descriptors(lockd.lockd())) >= before + CONNECTIONS
     for connection in connections:
         connection.socket.close()
-    wait_until(lambda: len(processes.descriptors(lockd.lockd())) == before, 10, "all are closed")
+    wait_until(lambda: len(processes.descriptors(lockd.lockd())) <= before, 10, "all are closed")
 
 
 async def take_and_hold(mount: FakeMount, names: Iterator[str], held: list[str]) -> None:
