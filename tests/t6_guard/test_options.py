@@ -29,13 +29,22 @@ def actors() -> Iterator[Callable[..., Actor]]:
         each.__exit__(None, None, None)
 
 
+@pytest.fixture(params=["gated", "passthrough"])
+def data(request: pytest.FixtureRequest) -> str:
+    """Where data flows; who gets what does not depend on it."""
+    return str(request.param)
+
+
 @pytest.fixture
-def mounted(host: Host, host_b: Host, storage: Path, tmp_path: Path) -> Callable[[str], tuple[Mount, Mount]]:
+def mounted(
+    host: Host, host_b: Host, storage: Path, tmp_path: Path, data: str
+) -> Callable[[str], tuple[Mount, Mount]]:
     """Mount the storage on two hosts with the given options."""
     (storage / "a.img").write_text("image")
     (storage / "notes.txt").write_text("text")
 
     def mount(options: str) -> tuple[Mount, Mount]:
+        options += f",data={data}"
         return host.mount(storage, tmp_path / "a", options), host_b.mount(storage, tmp_path / "b", options)
 
     return mount
@@ -252,6 +261,7 @@ def manager(actors, tmp_path: Path) -> Actor:
     return actors(script)
 
 
+@pytest.mark.parametrize("data", ["gated"])
 def test_a_manager_opens_what_others_hold_but_cannot_write(mounted, actors, manager: Actor, storage: Path) -> None:
     a, b = mounted("wait=0.3")
     holder = actors()
@@ -280,6 +290,30 @@ def test_a_manager_takes_the_lock_with_its_first_write(mounted, actors, manager:
     assert (storage / "a.img").read_text() == "Image"
     manager.call("close", managed)
     assert other.result("open", b / "a.img", WRITE) == "ok"
+
+
+@pytest.mark.parametrize("data", ["passthrough"])
+def test_a_manager_shares_what_is_held_beside_it(mounted, actors, manager: Actor) -> None:
+    """The kernel takes no mix on one file: where it is open past the daemon, a manager's handle is such a one, too."""
+    a, b = mounted("wait=0.3")
+    holder, other = actors(), actors()
+    fd = holder.call("open", a / "a.img", READ_WRITE)
+    elsewhere = manager.call("open", b / "a.img", READ_WRITE)
+    assert manager.result("write", elsewhere, "x", 0) == "EBUSY"
+    here = manager.call("open", a / "a.img", READ_WRITE)
+    holder.call("close", fd)
+    assert other.result("open", b / "a.img", WRITE) == "EBUSY"
+    manager.call("close", here)
+    assert other.result("open", b / "a.img", WRITE) == "ok"
+
+
+@pytest.mark.parametrize("data", ["passthrough"])
+def test_a_manager_is_refused_what_is_held_elsewhere_and_open_here(mounted, actors, manager: Actor) -> None:
+    a, b = mounted("wait=0.3")
+    holder, reader = actors(), actors()
+    holder.call("open", a / "a.img", READ_WRITE)
+    reader.call("open", b / "a.img", READ)
+    assert manager.result("open", b / "a.img", READ_WRITE) == "EBUSY"
 
 
 def test_who_is_a_manager_can_be_chosen(mounted, actors, manager: Actor) -> None:

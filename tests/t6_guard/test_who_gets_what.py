@@ -33,14 +33,14 @@ class Scene:
     host_b: Host
 
 
-@pytest.fixture(scope="module")
-def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
+@pytest.fixture(scope="module", params=["gated", "passthrough"])
+def scene(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
     """Shared by the rows of the table, which put back what they change."""
     base = tmp_path_factory.mktemp("scene")
     storage = base / "storage"
     storage.mkdir()
     hosts = [Host(name, tmp_path_factory.mktemp("h")) for name in ("host-a", "host-b")]
-    options = "wait=0.2"
+    options = f"wait=0.2,data={request.param}"
     try:
         yield Scene(
             storage,
