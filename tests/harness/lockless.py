@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 
 from harness import mounts
+from harness.waiting import wait_until
 
+PATIENCE = 10.0
 SERVER = Path(__file__).with_name("lockless_server.py")
 
 
@@ -31,9 +33,16 @@ class Lockless:
         self.server.send_signal(signal.SIGUSR1)
 
     def close(self) -> None:
-        """Unmount.  Raises OSError if it is in use, or the server failed."""
+        """Unmount, as soon as daemons that are ending have let go.  Raises OSError if that does not happen."""
         self.go_on()
-        problem = mounts.umount(self.path)
-        with self.server:
-            if self.server.wait(10) != 0 or problem:
-                raise OSError(f"{problem}; the server ended with {self.server.returncode}")
+        try:
+            wait_until(lambda: not mounts.umount(self.path), PATIENCE, f"{self.path} is not in use")
+        except TimeoutError:
+            mounts.umount(self.path, lazy=True)
+            self.server.terminate()
+            raise
+        finally:
+            with self.server:
+                status = self.server.wait(PATIENCE)
+        if status != 0:
+            raise OSError(f"the server of {self.path} ended with {status}")

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 import trio
+from harness import processes
 from harness.host import Host
 from harness.waiting import wait_until
 from t4_lockd.fakes import FakeBackend, Lab
@@ -50,4 +51,6 @@ def lockd(environment: Host, monkeypatch: pytest.MonkeyPatch) -> Host:
     """A host whose lockd runs, and does not leave while a test takes its time."""
     monkeypatch.setenv("LOCKFS_IDLE_EXIT", "60")
     ensure_lockd(str(environment.run_dir))
+    # It says that it is ready just before it closes the pipe; tests compare what it has open.
+    wait_until(lambda: "pipe:" not in str(processes.descriptors(environment.lockd())), 5, "the pipe is closed")
     return environment

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ import trio
 from harness import processes
 from harness.host import Host
 from harness.waiting import wait_until
-from t4_lockd.clients import Bare, FakeMount, mounted
+from t4_lockd.clients import FakeMount, bare, mounted
 
 from lockfs.lockd.daemon import raise_descriptor_limit
 from lockfs.protocol import messages as m
@@ -31,14 +32,13 @@ def many_descriptors() -> None:
 @pytest.mark.usefixtures("many_descriptors")
 def test_a_thousand_connections(lockd: Host) -> None:
     before = len(processes.descriptors(lockd.lockd()))
-    connections = [Bare(lockd.run_dir) for _ in range(CONNECTIONS)]
-    for connection in connections:
-        connection.call("io.lockfs.Lockd.GetStatus")
-    for connection in connections:
-        assert connection.receive()["parameters"]["host"] == "host-a"
-    assert len(processes.descriptors(lockd.lockd())) >= before + CONNECTIONS
-    for connection in connections:
-        connection.socket.close()
+    with contextlib.ExitStack() as stack:
+        connections = [stack.enter_context(bare(lockd.run_dir)) for _ in range(CONNECTIONS)]
+        for connection in connections:
+            connection.call("io.lockfs.Lockd.GetStatus")
+        for connection in connections:
+            assert connection.receive()["parameters"]["host"] == "host-a"
+        assert len(processes.descriptors(lockd.lockd())) >= before + CONNECTIONS
     wait_until(lambda: len(processes.descriptors(lockd.lockd())) <= before, 10, "all are closed")
 
 
