@@ -18,7 +18,7 @@ from lockfs.fs.writing import WriteRights
 from lockfs.linux import files
 from lockfs.linux.files import proc_path
 
-OWN_XATTRS = b"user.lockfs."
+OWN_XATTRS = (b"user.lockfs.",)
 """Names that lockfs answers itself, and that nobody may set."""
 HOLDER_XATTR = b"user.lockfs.holder"
 
@@ -54,6 +54,8 @@ class AttributeOperations(WriteRights):
                 gid = attr.st_gid if fields.update_gid else -1
                 mode = st.S_IMODE(attr.st_mode) if fields.update_mode else None
                 status = await self.work.short(ctx, os.fstat, fd)
+                if nothing:
+                    self._check_for_nothing(node, status, ctx)
                 if st.S_ISREG(status.st_mode) and _changes(status, uid, gid, mode):
                     await self.guard.check_elsewhere(node, ctx)
                 await self.work.long(ctx, _set_owner_and_mode, fd, uid, gid, mode)
@@ -63,6 +65,16 @@ class AttributeOperations(WriteRights):
                 await self.work.short(ctx, files.utimens, fd, atime, mtime)
             status = await self.work.short(ctx, os.fstat, fd)
         return self.attributes(node, status)
+
+    def _check_for_nothing(self, node: Node, status: os.stat_result, ctx: RequestContext) -> None:
+        """Raise OSError(EPERM) if the caller may not clear the set-id bits.
+
+        A write past the daemon and a chown that changes nothing look alike.  The one may be anybody's who has the file
+        open for writing, the other the owner's only.
+        """
+        clears = status.st_mode & (st.S_ISUID | st.S_ISGID) and not st.S_ISDIR(status.st_mode)
+        if clears and ctx.uid not in (0, status.st_uid) and not self.handles.is_written(node):
+            raise OSError(errno.EPERM, os.strerror(errno.EPERM))
 
     # Extended attributes ---------------------------------------------------------------------------
 
@@ -96,7 +108,9 @@ class AttributeOperations(WriteRights):
         _not_own(name)
         await self._check_guarded(node, name, value, ctx)
         with self.nodes.borrow(node) as fd:
-            await self.work.long(ctx, lambda: os.setxattr(proc_path(fd), name, value))
+            # An ACL clears the set-group-id bit, unless its owner is in the group or may set it.
+            run = self.work.as_seen if name.startswith(b"system.posix_acl_") else self.work.long
+            await run(ctx, lambda: os.setxattr(proc_path(fd), name, value))
 
     @replies
     async def removexattr(self, inode: int, name: bytes, ctx: RequestContext) -> None:
@@ -128,7 +142,8 @@ class AttributeOperations(WriteRights):
         """List the extended attributes; lockfs's own are not among them, so that no copy tries to set them."""
         with self.nodes.borrow(self.nodes.get(inode)) as fd:
             names = await self.work.short(ctx, os.listxattr, proc_path(fd))
-        return [encoded for name in names if not (encoded := os.fsencode(name)).startswith(OWN_XATTRS)]
+        hidden = OWN_XATTRS if ctx.uid == 0 else (*OWN_XATTRS, b"trusted.")
+        return [encoded for name in names if not (encoded := os.fsencode(name)).startswith(hidden)]
 
     @replies
     async def statfs(self, ctx: RequestContext) -> StatvfsData:

@@ -95,6 +95,10 @@ class Handles:
         except KeyError:
             raise OSError(errno.EBADF, os.strerror(errno.EBADF)) from None
 
+    def is_written(self, node: Node) -> bool:
+        """Tell whether the file of *node* is open for writing."""
+        return any(handle.writable and handle.node is node for handle in self._files.values())
+
     def take_file(self, number: int) -> FileHandle:
         """Remove an open file and return it.  Raises OSError(EBADF)."""
         handle = self.file(number)

@@ -27,6 +27,8 @@ class SpaceOperations(WriteRights):
     @replies
     async def lseek(self, fh: int, offset: int, whence: int) -> int:
         """Find the next data, or the next hole."""
+        if offset >= 1 << 63:  # a negative one, as the caller gave it
+            raise OSError(errno.ENXIO, os.strerror(errno.ENXIO))
         return await self.work.data(os.lseek, self.handles.file(fh).fd, offset, whence)
 
     @replies

@@ -72,6 +72,21 @@ class Work:
         """Run a metadata call that may block, as the caller."""
         return await self._run(self._metadata, caller, call, *args)
 
+    async def as_seen(self, caller: Caller, call: Callable[[*Ts], T], *args: *Ts) -> T:
+        """Run a metadata call whose effect on the set-group-id bit depends on the caller's groups and rights."""
+        groups = process.groups(caller.pid) if caller.pid else None
+
+        def as_caller() -> T:
+            credentials.become(caller.uid, caller.gid, groups or ())
+            credentials.use_capability(credentials.CAP_FSETID, caller.uid == 0)
+            try:
+                return call(*args)
+            finally:
+                credentials.use_capability(credentials.CAP_FSETID, True)
+                credentials.become(0, 0)
+
+        return await trio.to_thread.run_sync(as_caller, limiter=self._metadata)
+
     async def data(self, call: Callable[[Unpack[Ts]], T], *args: *Ts) -> T:
         """Run a read or write that may block."""
         return await trio.to_thread.run_sync(call, *args, limiter=self._data)

@@ -20,6 +20,7 @@ _SYS_CAPSET = 126 if os.uname().machine == "x86_64" else 91
 _PR_SET_SECUREBITS = 28
 _SECBIT_NO_SETUID_FIXUP = 1 << 2
 _CAP_VERSION_3 = 0x20080522
+CAP_FSETID = 4
 CAP_SYS_RESOURCE = 24
 
 libc.prctl.argtypes = [ctypes.c_int, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong]
@@ -35,14 +36,31 @@ def keep_capabilities() -> None:
 
 def drop_capability(number: int) -> None:
     """Give up one capability for good, in this thread and those it starts."""
-    header = ctypes.create_string_buffer(struct.pack("Ii", _CAP_VERSION_3, 0))
-    data = ctypes.create_string_buffer(24)
-    if libc.syscall(_SYS_CAPGET, header, data) != 0:
-        raise failed()
-    words = list(struct.unpack("6I", data.raw[:24]))
+    words = _capabilities()
     for each in range(3):
         words[each + (0 if number < 32 else 3)] &= ~(1 << (number % 32))
-    if libc.syscall(_SYS_CAPSET, header, struct.pack("6I", *words)) != 0:
+    _set_capabilities(words)
+
+
+def use_capability(number: int, use: bool) -> None:
+    """Let one capability that this thread has count, or not."""
+    words = _capabilities()
+    bit = 1 << (number % 32)
+    which = 0 if number < 32 else 3
+    words[which] = words[which] | bit & words[which + 1] if use else words[which] & ~bit
+    _set_capabilities(words)
+
+
+def _capabilities() -> list[int]:
+    """Effective, permitted and inheritable ones; first the lower 32 of each."""
+    data = ctypes.create_string_buffer(24)
+    if libc.syscall(_SYS_CAPGET, struct.pack("Ii", _CAP_VERSION_3, 0), data) != 0:
+        raise failed()
+    return list(struct.unpack("6I", data.raw[:24]))
+
+
+def _set_capabilities(words: list[int]) -> None:
+    if libc.syscall(_SYS_CAPSET, struct.pack("Ii", _CAP_VERSION_3, 0), struct.pack("6I", *words)) != 0:
         raise failed()
 
 
