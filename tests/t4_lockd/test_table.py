@@ -104,6 +104,21 @@ async def test_the_only_owner_may_strengthen_and_weaken(autojump_clock: MockCloc
     await lab.release("y", mode=SHARED)
 
 
+async def test_a_hold_is_not_added_to_a_grant_that_is_being_weakened(autojump_clock: MockClock, lab: Lab) -> None:
+    await lab.acquire("x", mode=SHARED)
+    lock = await lab.acquire("x")
+    lab.backend.delay = 1
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(lab.release, "x")
+        await wait_all_tasks_blocked()
+        await lab.acquire("x")
+        assert lock.grant
+        assert lock.grant.mode is EXCLUSIVE
+    assert lock.grant.mode is EXCLUSIVE
+    await lab.release("x")
+    await lab.release("x", mode=SHARED)
+
+
 async def test_one_of_many_may_not_strengthen(autojump_clock: MockClock, lab: Lab) -> None:
     await lab.acquire("x", mode=SHARED)
     await lab.acquire("y", mode=SHARED)
