@@ -1,7 +1,7 @@
 """The pairs of directories that the parity cases run in, made once.
 
 The environment variable ``LOCKFS_PARITY`` puts something else in the place of the mount: ``plain`` (then nothing may
-differ: this tests the suite) or ``bindfs``.
+differ: this tests the suite) or ``bindfs``.  ``LOCKFS_PARITY_OPTIONS`` are mount options to test with, as ``backend=nop``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from harness.host import Host, close_all
 from t7_parity.twins import Pair
 
 TARGET = os.environ.get("LOCKFS_PARITY", "lockfs")
-OPTIONS = "suid,dev"
+OPTIONS = ",".join(["suid,dev", *os.environ.get("LOCKFS_PARITY_OPTIONS", "").split()])
 """Or the mount would be nosuid and nodev, unlike its plain twin."""
 SMALL_BYTES = 8 << 20
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 
 from t7_parity.record import attributes, comparable
@@ -14,7 +15,7 @@ EXPLICIT = 1_600_000_000
 Tree = dict[str, object]
 
 
-def tree(top: Path) -> Tree:
+def tree(top: Path, times: Sequence[str] = ("st_atime_ns", "st_mtime_ns")) -> Tree:
     """Return all entries below *top*, with all that must be the same in a twin."""
     found: Tree = {}
     names: dict[int, list[str]] = {}
@@ -24,7 +25,7 @@ def tree(top: Path) -> Tree:
         name = repr(os.path.relpath(path, os.fsencode(top)))
         found[f"{name} attributes"] = attributes(status)
         found[f"{name} xattrs"] = xattrs(path)
-        for which in ("st_atime_ns", "st_mtime_ns"):
+        for which in times:
             if getattr(status, which) < EXPLICIT * 10**9:
                 found[f"{name} {which}"] = getattr(status, which)
         if entry is not None:

@@ -176,7 +176,8 @@ class Twins(RuleBasedStateMachine):
 
     @invariant()
     def trees_are_equal(self) -> None:
-        plain, mount = (snapshot.tree(top) for top in self.tops)
+        # Not the time of access: looking at the content of an empty file changes it in the plain tree only.
+        plain, mount = (snapshot.tree(top, ["st_mtime_ns"]) for top in self.tops)
         assert plain == mount
         assert snapshot.views(self.tops[1], self.source) == []
 
