@@ -106,9 +106,12 @@ static void note(const struct in_header *in, const void *body, size_t size)
     shim.opcode = in->opcode;
     shim.unique = in->unique;
     switch (in->opcode) {
-    case OP_SETATTR:
-        shim.kill_suidgid = word(body, size, SETATTR_VALID) & SETATTR_KILL_SUIDGID;
+    case OP_SETATTR: {
+        /* One that sets nothing comes before a write, for the bits alone. */
+        uint32_t valid = word(body, size, SETATTR_VALID);
+        shim.kill_suidgid = valid & SETATTR_KILL_SUIDGID || !(valid & ~(SETATTR_FH | SETATTR_LOCKOWNER));
         break;
+    }
     case OP_OPEN:
         shim.kill_suidgid = word(body, size, OPEN_OPEN_FLAGS) & OPEN_KILL_SUIDGID;
         break;

@@ -70,6 +70,8 @@ struct open_out {
 
 /* Where a request says that the suid and sgid bits of the file must go: the offset of a word in its body, and the bit. */
 #define SETATTR_VALID 0 /* fuse_setattr_in.valid */
+#define SETATTR_FH (1u << 6)
+#define SETATTR_LOCKOWNER (1u << 9)
 #define SETATTR_KILL_SUIDGID (1u << 11)
 #define OPEN_OPEN_FLAGS 4 /* fuse_open_in.open_flags */
 #define CREATE_OPEN_FLAGS 12 /* fuse_create_in.open_flags */

@@ -21,15 +21,18 @@ import shim
 
 if "early" in sys.argv[3:]:
     import pyfuse3  # the wrong order: what it calls is bound to libfuse now
-shim.load() if "early" not in sys.argv[3:] else shim.take_other_build()
 
-import pyfuse3  # noqa: E402
-import trio  # noqa: E402
+    shim.take_other_build()
+else:
+    shim.load()
 
-from lockfs import kernel  # noqa: E402
-from lockfs.errors import LockfsError  # noqa: E402
-from lockfs.kernel import backing, device, session  # noqa: E402
-from lockfs.kernel.extra import Requests  # noqa: E402
+import pyfuse3
+import trio
+
+from lockfs import kernel
+from lockfs.errors import LockfsError
+from lockfs.kernel import backing, device, session
+from lockfs.kernel.extra import Requests
 
 libc = ctypes.CDLL(None, use_errno=True)
 libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
@@ -187,7 +190,9 @@ class MiniFS(pyfuse3.Operations):
             raise pyfuse3.FUSEError(error.errno) from None
 
     async def setxattr(self, inode, name, value, ctx):
-        if name == b"user.prune":
+        if name == b"user.plain":
+            self.options["plain"] = value == b"1"
+        elif name == b"user.prune":
             await trio.to_thread.run_sync(device.notify_prune, self.fuse_fd, [int(value)])
         elif name == b"user.invalidate":
             known = await trio.to_thread.run_sync(device.notify_inval_inode, self.fuse_fd, int(value), 0)
@@ -286,6 +291,7 @@ async def main(source: str, fuse_fd: int, options: dict[str, object]) -> None:
 
 if __name__ == "__main__":
     given = json.loads(sys.argv[3])
+    kernel.load()
     if given.get("force"):
         kernel._why_not = None  # so that only the last check is left
         from lockfs.kernel import _shim

@@ -320,6 +320,10 @@ async def suid_must_go(k: Kernel) -> None:
             reply = await k.ask(opcode, body)
             assert reply.error == 0
             assert k.operations.current[-1] == session.Current(opcode, reply.unique, kill)
+    # A SETATTR that sets nothing, whatever it says about handle and lock owner, is for the bits alone.
+    for valid in (0, 1 << 6, 1 << 6 | 1 << 9):
+        await k.ask(SETATTR, struct.pack("=I", valid) + bytes(84))
+        assert k.operations.current[-1].kill_suidgid
 
 
 @scenario
