@@ -55,7 +55,10 @@ class Image:
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """Who holds an image, as far as anybody can tell.  `since` is wall-clock time, for people; `token` a fencing token."""
+    """Who holds an image, as far as anybody can tell.
+
+    `since` is wall-clock time, for people; `token` a fencing token.
+    """
 
     host: str
     mode: Mode
@@ -106,7 +109,10 @@ class Grant:
 
 @dataclass(frozen=True, slots=True)
 class Host:
-    """One host that shares locks: its name, its state (``live``, ``failing``, ``dead``, ``free``) and when it was last seen."""
+    """One host that shares locks: its name, its state and when it was last seen.
+
+    States are ``live``, ``failing``, ``dead`` and ``free``.
+    """
 
     name: str
     state: str
