@@ -12,6 +12,8 @@ import json
 import os
 import stat
 import sys
+import threading
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -239,6 +241,13 @@ def count_calls(operations: MiniFS) -> None:
         setattr(device, name, counted(name))
 
 
+def tick(operations: MiniFS) -> None:
+    """Count the hundredths of a second in which threads of this process could run."""
+    while True:
+        time.sleep(0.01)
+        operations.counts["ticks"] += 1
+
+
 def lie_about_readability() -> None:
     """Make every other wait for the device return at once, as if the request had gone between poll and read."""
     real = trio.lowlevel.wait_readable
@@ -277,6 +286,7 @@ async def main(source: str, fuse_fd: int, options: dict[str, object]) -> None:
         operations.backing = backing.Backing(fuse_fd, enabled=agreed.passthrough)
         if options.get("lie"):
             lie_about_readability()
+            threading.Thread(target=tick, args=[operations], daemon=True).start()
         say(
             version=[agreed.major, agreed.minor], offered=agreed.offered, granted=agreed.granted,
             init=agreed.init.hex(),
