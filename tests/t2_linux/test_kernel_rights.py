@@ -24,12 +24,16 @@ def mini(storage: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Itera
 
 
 def as_stranger(program: str, directory: Path, uid: int = STRANGER) -> None:
-    """Run a program as somebody else; it has the directory as descriptor `top`."""
+    """Run a program as somebody else; it has the directory as descriptor `top`.
+
+    It becomes somebody else by itself: others may not come to this interpreter by its path.
+    """
+    become = f"os.setgroups([]); os.setgid({uid}); os.setuid({uid})"
     top = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         subprocess.run(
-            [sys.executable, "-I", "-S", "-c", f"import os, posix; top = {top}\n{program}"],
-            user=uid, group=uid, extra_groups=[], pass_fds=[top], check=True, timeout=30,
+            [sys.executable, "-I", "-S", "-c", f"import os, posix; top = {top}; {become}\n{program}"],
+            pass_fds=[top], check=True, timeout=30,
         )  # fmt: skip
     finally:
         os.close(top)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import json
+import logging
 import os
 import stat
 import sys
@@ -44,6 +45,14 @@ STATISTICS = b"user.statistics"
 def checked(result: int) -> None:
     if result < 0:
         raise pyfuse3.FUSEError(ctypes.get_errno())
+
+
+def somebody_waited(record: logging.LogRecord) -> bool:
+    """Tell whether pyfuse3 has anything to say but that a request was dropped before it was answered."""
+    return record.args != (os.strerror(errno.ENOENT),)
+
+
+logging.getLogger("pyfuse3").addFilter(somebody_waited)
 
 
 class MiniFS(pyfuse3.Operations):
