@@ -117,6 +117,29 @@ def test_holders_that_are_killed(mount: Mount) -> None:
                 holder.send_signal(signal.SIGKILL)
 
 
+HOARDER = """
+import os, resource, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, (4096, 4096))
+kept = [os.open(os.path.join(sys.argv[1], str(number)), os.O_RDWR) for number in range(2000)]
+print('open', flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("options", ["data=gated", "data=auto"])
+def test_unmounting_while_closes_are_under_way(host: Host, storage: Path, tmp_path: Path, options: str) -> None:
+    for number in range(2000):
+        (storage / str(number)).touch()
+    for _ in range(3):
+        mount = host.mount(storage, tmp_path / "mnt", options)
+        command = [sys.executable, "-S", "-E", "-c", HOARDER, mount]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as hoarder:
+            assert hoarder.stdout is not None
+            assert hoarder.stdout.readline() == "open\n"
+        mount.umount()
+        assert host.locks() == []
+
+
 @pytest.mark.timeout(120 + 3 * ROUNDS)
 def test_mounting_and_unmounting(host: Host, storage: Path, tmp_path: Path) -> None:
     kept = host.mount(storage, tmp_path / "kept")
