@@ -205,7 +205,45 @@ def test_a_use_that_is_handed_down_from_process_to_process_is_never_missed(mini:
     wait_until(lambda: not seen(mini), 20, "the relay to end")
 
 
-def test_another_mount_namespace(mini: MiniMount) -> None:
+def test_a_birth_during_the_listing(mini: MiniMount, puppet: Puppet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worst case of the relay: who has the file exits before the list gets to it, its child was born behind."""
+    puppet.tell("fd = os.open(path, os.O_RDWR); here, there = os.pipe(), os.pipe()")
+    # Each runner waits for a word, forks the next one, tells its number and exits.
+    runner = puppet.tell(
+        "os.fork() or [os.read(here[0], 1) and (next := os.fork()) and (os.write(there[1], b'%9d' % next), os._exit(0))"
+        " for _ in iter(int, 1)]"
+    )
+    puppet.tell("os.close(fd)")
+    runners = [runner]
+    list_everybody = holders._everybody
+
+    def racing() -> list[tuple[int, int]]:
+        everybody = list_everybody()
+        if len(runners) == 4:
+            return everybody
+        puppet.tell("os.write(here[1], b'x')")
+        runners.append(int(puppet.tell("os.read(there[0], 9).decode()")))
+        return [each for each in everybody if each[0] not in runners]
+
+    monkeypatch.setattr(holders, "_everybody", racing)
+    try:
+        assert seen(mini) == {(runners[-1], "fd", True)}
+        assert len(set(runners)) == 4
+    finally:
+        os.kill(runners[-1], signal.SIGKILL)
+
+
+def test_when_births_never_end_it_says_so(mini: MiniMount, puppet: Puppet, monkeypatch: pytest.MonkeyPatch) -> None:
+    puppet.tell("fd = os.open(path, os.O_RDWR)")
+    births = iter(range(1 << 30))
+    monkeypatch.setattr(holders, "_forks", lambda: next(births))
+    monkeypatch.setattr(holders, "PATIENCE", 0.2)
+    with pytest.raises(holders.Incomplete) as caught:
+        seen(mini)
+    assert [(use.pid, use.how) for use in caught.value.found] == [(puppet.pid, "fd")]
+
+
+def test_another_mount_namespace(mini: MiniMount, monkeypatch: pytest.MonkeyPatch) -> None:
     with Puppet("unshare", "--mount", "--propagation", "private") as puppet:
         puppet.tell("pass", mnt=str(mini.path))
         # A mount that only that namespace has, over which there is another one now.
@@ -213,6 +251,8 @@ def test_another_mount_namespace(mini: MiniMount) -> None:
         puppet.tell("fd = os.open(mnt + '/f', os.O_RDWR); os.chdir('/')")
         puppet.tell("b = os.system(f'mount -t tmpfs none {mnt}')")
         assert puppet.tell("a, b") == [0, 0]
+        # No file has to be asked, which some filesystem would not survive.
+        monkeypatch.delattr(mountids.MountIds, "_ask")
         assert seen(mini) == {(puppet.pid, "fd", True)}
 
 
