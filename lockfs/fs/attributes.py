@@ -32,6 +32,8 @@ class AttributeOperations(WriteRights):
     @replies
     async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
         """Read the attributes."""
+        if self.nodes.is_fenced(inode):
+            return self.changed_type(inode)
         node = self.nodes.get(inode)
         with self.nodes.borrow(node) as fd:
             status = await self.work.short(ctx, os.fstat, fd)

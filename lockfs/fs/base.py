@@ -6,6 +6,7 @@ import errno
 import functools
 import logging
 import os
+import stat as st
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -100,6 +101,14 @@ class Base(pyfuse3.Operations):
         entry.st_ctime_ns = stat.st_ctime_ns
         entry.entry_timeout = 0
         entry.attr_timeout = HELD_TIMEOUT if self.guard.exclusive(node) else 0
+        return entry
+
+    def changed_type(self, inode: int) -> pyfuse3.EntryAttributes:
+        """Return attributes that make the kernel declare the inode of a file bad: all I/O on it fails from then on."""
+        entry = pyfuse3.EntryAttributes()
+        entry.st_ino = inode
+        entry.st_mode = st.S_IFSOCK
+        entry.attr_timeout = 0
         return entry
 
     def enter(self, found: Found, parent: Node, name: bytes) -> pyfuse3.EntryAttributes:

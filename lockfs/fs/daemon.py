@@ -16,7 +16,7 @@ import trio
 
 from lockfs import kernel, options, text
 from lockfs.errors import LockUnavailable, MountError
-from lockfs.fs import connection, source
+from lockfs.fs import connection, lifetime, source
 from lockfs.fs.base import Parts
 from lockfs.fs.guard import Guard
 from lockfs.fs.handles import Handles
@@ -141,9 +141,11 @@ async def _serve(
     async with _mounted(request, operations, nursery) as fd:
         if request.options.values["data"] != "gated":
             _bypass(request, operations, fd, nursery)
-        nursery.start_soon(session.follow, mountpoint, operations.guard.lose)
+        nursery.start_soon(
+            session.follow, mountpoint, lambda order: lifetime.obey(order, operations.nodes, operations.guard)
+        )
         nursery.start_soon(_unmount_on_signal, request.mountpoint)
-        nursery.start_soon(_announce, request, operations, ready)
+        nursery.start_soon(_announce, request, operations, session, fd, ready)
         await pyfuse3.main(min_tasks=MIN_TASKS, max_tasks=MAX_TASKS)
     log.info("unmounted %s", mountpoint)
 
@@ -192,15 +194,21 @@ async def _detach(mountpoint: bytes) -> None:
         log.error("cannot unmount %s: %s", text.from_bytes(mountpoint), error.strerror)
 
 
-async def _announce(request: Request, operations: Operations, ready: Callable[[], None]) -> None:
+async def _announce(
+    request: Request, operations: Operations, session: LockdSession, fd: int, ready: Callable[[], None]
+) -> None:
+    """Say that the mount serves: first to lockd, which can fence what is opened from then on."""
     await operations.started.wait()
     if operations.negotiated is None:
         connection.widen(request.mountpoint)
+    data: messages.DataPath = "gated" if operations.backing is None else "passthrough"
+    dev = await lifetime.attach(session, request.mountpoint, data, fd)
     log.info(
-        "mounted %s on %s, backend %s",
-        text.from_bytes(request.source), text.from_bytes(request.mountpoint), request.options.values["backend"],
+        "mounted %s on %s, backend %s, data %s",
+        text.from_bytes(request.source), text.from_bytes(request.mountpoint), request.options.values["backend"], data,
     )  # fmt: skip
     ready()
+    await lifetime.detach_when_unmounted(session, request.mountpoint, dev)
 
 
 async def _unmount_on_signal(mountpoint: bytes) -> None:

@@ -80,7 +80,7 @@ class _Image:
 class Lockd(Protocol):
     """What the guard asks of lockd; `lockfs.fs.session` is the real one."""
 
-    async def acquire(self, image: messages.Image, mode: Mode, owner: Owner, fd: int) -> list[int]:
+    async def acquire(self, image: messages.Image, mode: Mode, owner: Owner, fd: int, node: int) -> list[int]:
         """Take a lock; return descriptors to keep open with it.  Raises `Busy`, `LockUnavailable`."""
 
     async def release(self, image: messages.Image, mode: Mode, owner: Owner) -> None:
@@ -163,7 +163,7 @@ class Guard:
                     raise LockUnavailable(f"the lock of {image.message.path} was lost")
                 if not owned.counts[mode]:
                     await self._open_carrier(image, node, mode, caller)
-                    kept = await self._lockd.acquire(image.message, mode, owner, image.carrier)
+                    kept = await self._lockd.acquire(image.message, mode, owner, image.carrier, node.id)
                     image.keep.extend(kept)
                 owned.counts[mode] += 1
         except BaseException:
@@ -253,12 +253,12 @@ class Guard:
 
     # Loss ------------------------------------------------------------------------------------------
 
-    def lose(self, path: str, why: str) -> None:
-        """Mark the lock of the image at *path* as no longer safe: its writers get EIO from now on."""
-        for image in self._images.values():
-            if image.message.path == path and not image.lost:
-                image.lost = True
-                log.error("lost the lock of %s: %s; its open handles can write no more", path, why)
+    def lose(self, identity: tuple[int, int], why: str) -> None:
+        """Mark the lock of an image as no longer safe: its writers get EIO from now on."""
+        image = self._images.get(identity)
+        if image is not None and not image.lost:
+            image.lost = True
+            log.error("lost the lock of %s: %s; its open handles can write no more", image.message.path, why)
 
 
 def _open_carrier(fd: int, mode: Mode) -> int:

@@ -82,7 +82,14 @@ class Handles:
         return self._freed.popleft()
 
     def file(self, number: int) -> FileHandle:
-        """Return an open file.  Raises OSError(EBADF)."""
+        """Return an open file.  Raises OSError: EBADF, or EIO if it is fenced."""
+        handle = self._file(number)
+        if handle.node.fenced:
+            # Not every request has the kernel look whether the inode is bad: fallocate and copy_file_range do not.
+            raise OSError(errno.EIO, "the image is fenced")
+        return handle
+
+    def _file(self, number: int) -> FileHandle:
         try:
             return self._files[number]
         except KeyError:
@@ -101,7 +108,7 @@ class Handles:
 
     def take_file(self, number: int) -> FileHandle:
         """Remove an open file and return it.  Raises OSError(EBADF)."""
-        handle = self.file(number)
+        handle = self._file(number)
         del self._files[number]
         self._freed.append(number)
         return handle

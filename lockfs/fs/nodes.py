@@ -3,6 +3,7 @@
 Invariants:
 - a node id names one inode for the life of the mount and is never used again;
 - a node lives exactly as long as the kernel's lookup count of it is not zero;
+- a fenced node is no way to its inode any more, which gets a new node when it is looked up again;
 - a node's descriptor may be closed at any time that nobody borrows it, since a file handle finds the inode again;
   where there is no handle, or no name is left, the descriptor is pinned instead.
 
@@ -29,7 +30,7 @@ ROOT = 1
 class Node:
     """One inode.  `parent` and `name` are where it was last seen; `dev` and `ino` are those of the storage."""
 
-    __slots__ = ("borrowers", "dev", "fd", "id", "ino", "key", "lookups", "name", "parent", "pinned")
+    __slots__ = ("borrowers", "dev", "fd", "fenced", "id", "ino", "key", "lookups", "name", "parent", "pinned")
 
     def __init__(self, number: int, found: Found, parent: Node | None, name: bytes) -> None:
         self.id = number
@@ -39,6 +40,7 @@ class Node:
         self.fd = found.fd
         self.lookups = 0
         self.borrowers = 0
+        self.fenced = False
         self.pinned = not isinstance(found.key, bytes)
         self.parent = parent
         self.name = name
@@ -83,11 +85,26 @@ class NodeTable:
         return len(self._by_id)
 
     def get(self, number: int) -> Node:
-        """Return the node with that id.  Raises OSError(ESTALE) if the kernel was told to forget it."""
-        try:
-            return self._by_id[number]
-        except KeyError:
-            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE)) from None
+        """Return the node with that id.  Raises OSError(ESTALE) if the kernel was told to forget it, or if it is
+        fenced: the kernel then looks the name up again.
+        """
+        node = self._by_id.get(number)
+        if node is None or node.fenced:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return node
+
+    def fence(self, number: int) -> None:
+        """Cut a node off from its inode; the root cannot be."""
+        node = self._by_id.get(number)
+        if node is None or node is self.root or node.fenced:
+            return
+        node.fenced = True
+        del self._by_key[node.key]
+
+    def is_fenced(self, number: int) -> bool:
+        """Say whether the node with that id is fenced."""
+        node = self._by_id.get(number)
+        return node is not None and node.fenced
 
     def known(self, key: Key) -> Node | None:
         """Return the node of an inode, if the kernel knows it."""
@@ -141,7 +158,8 @@ class NodeTable:
         if node.lookups > 0:
             return
         del self._by_id[node.id]
-        del self._by_key[node.key]
+        if not node.fenced:
+            del self._by_key[node.key]
         if (event := self._awaited.pop(node.id, None)) is not None:
             event.set()
         self._open.pop(node.id, None)

@@ -43,9 +43,9 @@ class LockdSession:
             raise
         return cls(client, registered.mount_id, wait)
 
-    async def acquire(self, image: messages.Image, mode: Mode, owner: Owner, fd: int) -> list[int]:
+    async def acquire(self, image: messages.Image, mode: Mode, owner: Owner, fd: int, node: int) -> list[int]:
         """Take a lock; return descriptors to keep open with it.  Raises `Busy`, `LockUnavailable`."""
-        call = messages.Acquire(self._mount_id, image, mode.value, owner, self._wait)
+        call = messages.Acquire(self._mount_id, image, mode.value, owner, self._wait, node=node)
         _acquired, keep = await self._client.call(call, messages.Acquired, [fd])
         return keep
 
@@ -68,12 +68,23 @@ class LockdSession:
             os.close(each)
         return inspected.holders
 
-    async def follow(self, mountpoint: str, lose: Callable[[str, str], None]) -> None:
-        """Tell *lose* of each lock of this mount that is no longer safe, with the reason, until lockd is gone; log
-        that.
+    async def attach(self, dev: int, data: messages.DataPath, root_fd: int, fuse_fd: int) -> None:
+        """Give lockd what it needs to fence images of this mount by itself.  Raises `LockUnavailable`."""
+        call = messages.Attach(self._mount_id, dev, data)
+        await self._client.call(call, messages.Attached, [root_fd, fuse_fd])
+
+    async def detach(self) -> bool:
+        """Tell lockd that the mount is mounted nowhere any more.  Return False while images are held.
+
+        Raises `LockUnavailable`.
         """
+        detached, _ = await self._client.call(messages.Detach(self._mount_id), messages.Detached)
+        return detached.done
+
+    async def follow(self, mountpoint: str, obey: Callable[[messages.Order], None]) -> None:
+        """Have *obey* carry out lockd's orders until lockd is gone; log that."""
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._watch, mountpoint, lose)
+            nursery.start_soon(self._obey, obey)
             await self._client.lost()
             nursery.cancel_scope.cancel()
         log.error(
@@ -81,12 +92,12 @@ class LockdSession:
             mountpoint,
         )
 
-    async def _watch(self, mountpoint: str, lose: Callable[[str, str], None]) -> None:
+    async def _obey(self, obey: Callable[[messages.Order], None]) -> None:
         try:
-            async with self._client.watch() as events:
-                async for event in events:
-                    if event.kind == "lost" and event.mountpoint == mountpoint:
-                        lose(event.image, event.reason)
+            async with self._client.orders(self._mount_id) as orders:
+                async for order in orders:
+                    obey(order)
+                    await self._client.call(messages.Obeyed(self._mount_id, order.serial), messages.Noted)
         except LockUnavailable:
             pass  # the life line tells
 

@@ -14,7 +14,8 @@ import logging
 import os
 import socket
 import struct
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AbstractContextManager
 
 import msgspec
 import trio
@@ -26,6 +27,7 @@ from lockfs.lockd.service import Answer, Client, Descriptors, Service
 from lockfs.protocol import errors, interface, messages, varlink
 from lockfs.protocol.wire import Wire
 
+Stream = AbstractContextManager[AsyncIterator[msgspec.Struct]]
 log = logging.getLogger(__name__)
 
 
@@ -106,7 +108,12 @@ class Connection:
 
     async def _serve_call(self, call: varlink.Call, request: msgspec.Struct, descriptors: Descriptors) -> None:
         if isinstance(request, messages.Watch):
-            await self._serve_watch(call)
+            first: msgspec.Struct = messages.Event("watching", 0.0)
+            await self._serve_stream(call, first, lambda: self._service.watch(self._drop_watcher))
+            return
+        if isinstance(request, messages.Orders):
+            first = messages.Order(0, "listening")
+            await self._serve_stream(call, first, lambda: self._service.orders(self.client, request))
             return
         try:
             if isinstance(request, messages.Acquire):
@@ -136,14 +143,19 @@ class Connection:
         self._waiting = None
         return answer
 
-    async def _serve_watch(self, call: varlink.Call) -> None:
+    async def _serve_stream(self, call: varlink.Call, first: msgspec.Struct, begin: Callable[[], Stream]) -> None:
         if not call.more:
             await self._error(call, varlink.EXPECTED_MORE, {})
             return
-        with trio.CancelScope() as self._waiting, self._service.watch(self._drop_watcher) as events:
-            await self._reply(call, messages.Event("watching", 0.0), continues=True)
-            async for event in events:
-                await self._reply(call, event, continues=True)
+        try:
+            context = begin()
+        except LockfsError as error:
+            await self._error(call, *errors.to_wire(error))
+            return
+        with trio.CancelScope() as self._waiting, context as stream:
+            await self._reply(call, first, continues=True)
+            async for message in stream:
+                await self._reply(call, message, continues=True)
         # There is no way to say in the middle of a stream that the rest is missing, but to end it.
         self._wire.socket.shutdown(socket.SHUT_RDWR)
 

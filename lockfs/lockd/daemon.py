@@ -26,6 +26,7 @@ from lockfs.errors import SystemError_
 from lockfs.linux.closer import Closer
 from lockfs.lockd.connection import Connection
 from lockfs.lockd.events import Events
+from lockfs.lockd.fence import Fencer
 from lockfs.lockd.service import Service
 from lockfs.lockd.shares import Shares
 from lockfs.lockd.table import Table
@@ -66,8 +67,9 @@ class Daemon:
         async with trio.open_nursery() as background:
             events = Events()
             table = Table(events)
-            shares = Shares(background, table, events, self._host, self._run_dir)
-            service = Service(table, shares, events, self._run_dir)
+            fencer = Fencer(background, table, events)
+            shares = Shares(background, table, fencer, events, self._host, self._run_dir)
+            service = Service(table, shares, fencer, events, self._run_dir)
             async with trio.open_nursery() as nursery:
                 stop = nursery.cancel_scope.cancel
                 await nursery.start(self._heed_signals, listener, shares, stop)

@@ -27,12 +27,16 @@ Key = tuple[int, int, int]
 
 @dataclass(slots=True)
 class Hold:
-    """That one owner holds the lock through one mount in one mode, `count` times.  `holder` is for people."""
+    """That one owner holds the lock through one mount in one mode, `count` times.
+
+    `holder` is for people; `nodes` are the numbers by which the kernel knows the file on the mount.
+    """
 
     mounted: Mounted
     owner: str
     mode: Mode
     holder: Holder
+    nodes: set[int] = field(default_factory=set)
     count: int = 1
 
 
@@ -108,15 +112,21 @@ class Lock:
             and (mode is Mode.SHARED or self.grant.mode is Mode.EXCLUSIVE)
         )
 
-    def add(self, mounted: Mounted, owner: str, mode: Mode, holder: Holder) -> bool:
+    def add(self, mounted: Mounted, owner: str, mode: Mode, holder: Holder, node: int = 0) -> bool:
         """Count one more hold.  Return True if it is the first one of this mount."""
         key = (mounted.mount_id, owner, mode)
+        first = not any(hold.mounted is mounted for hold in self.holds.values())
         if key in self.holds:
             self.holds[key].count += 1
-            return False
-        first = not any(hold.mounted is mounted for hold in self.holds.values())
-        self.holds[key] = Hold(mounted, owner, mode, holder)
+        else:
+            self.holds[key] = Hold(mounted, owner, mode, holder)
+        if node:
+            self.holds[key].nodes.add(node)
         return first
+
+    def nodes(self, mounted: Mounted) -> set[int]:
+        """Return the numbers by which the kernel knows the file on one mount."""
+        return {node for hold in self.holds.values() if hold.mounted is mounted for node in hold.nodes}
 
     def remove(self, mount_id: str, owner: str, mode: Mode) -> bool:
         """Count one hold less.  Return False if there is none."""

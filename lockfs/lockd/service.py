@@ -14,8 +14,10 @@ import msgspec
 import lockfs
 from lockfs import text
 from lockfs.backend import Holder, Image, Mode
+from lockfs.errors import LockUnavailable
 from lockfs.lockd.descriptor import Descriptor
 from lockfs.lockd.events import Events
+from lockfs.lockd.fence import Fencer
 from lockfs.lockd.lock import Lock
 from lockfs.lockd.share import Mounted
 from lockfs.lockd.shares import Shares
@@ -72,15 +74,16 @@ class Answer:
 class Service:
     """What the interface does.  Methods raise `LockfsError` for what goes to the caller as an error."""
 
-    def __init__(self, table: Table, shares: Shares, events: Events, run_dir: str) -> None:
+    def __init__(self, table: Table, shares: Shares, fencer: Fencer, events: Events, run_dir: str) -> None:
         self._table = table
         self._shares = shares
+        self._fencer = fencer
         self._events = events
         self._run_dir = run_dir
         self._since = time.time()
 
     async def call(self, client: Client, request: msgspec.Struct, fds: Descriptors) -> Answer:
-        """Do what *request* asks for, but for `Watch`."""
+        """Do what *request* asks for, but for `Watch` and `Orders`."""
         match request:
             case messages.Acquire():
                 return await self._acquire(client, request, fds)
@@ -93,6 +96,16 @@ class Service:
                 return await self._inspect(client, request, fds)
             case messages.Register():
                 return await self._register(client, request, fds)
+            case messages.Attach():
+                self._attach(client, request, fds)
+                return Answer(messages.Attached())
+            case messages.Detach():
+                return Answer(messages.Detached(self._shares.detach(self._shares.get(request.mount_id, client.pid))))
+            case messages.Obeyed():
+                self._shares.get(request.mount_id, client.pid).orders.obeyed(request.serial)
+                return Answer(messages.Noted())
+            case messages.Fence():
+                return Answer(messages.Fenced(await self._fencer.fence_these(request.images, request.reason)))
             case messages.ListLocks():
                 return Answer(self._list(request.after))
             case messages.GetStatus():
@@ -103,6 +116,10 @@ class Service:
     def watch(self, drop: Callable[[], None]) -> AbstractContextManager[AsyncIterator[messages.Event]]:
         """Within the context, iterate over what happens; *drop* is called if that is too slow."""
         return self._events.watch(drop)
+
+    def orders(self, client: Client, request: messages.Orders) -> AbstractContextManager[AsyncIterator[messages.Order]]:
+        """Within the context, iterate over the orders to a mount daemon.  Raises `UnknownMount`."""
+        return self._shares.get(request.mount_id, client.pid).orders.listen()
 
     async def leave(self, client: Client) -> None:
         """The connection has closed: if it was the life line of a mount, that is gone."""
@@ -118,8 +135,22 @@ class Service:
             messages.Registered(mounted.mount_id, self._shares.host, mounted.share.backend.excludes),
         )
 
+    def _attach(self, client: Client, request: messages.Attach, fds: Descriptors) -> None:
+        mounted = self._shares.get(request.mount_id, client.pid)
+        if request.root_fd == request.fuse_fd:
+            raise ProtocolError("the root and the connection of a mount are two descriptors")
+        root, fuse = fds.peek(request.root_fd), fds.peek(request.fuse_fd)
+        try:
+            self._shares.attach(mounted, request, root, fuse)
+        except OSError as error:
+            raise LockUnavailable(f"the mount daemon cannot be watched: {error.strerror}") from error
+        fds.take(request.root_fd)
+        fds.take(request.fuse_fd)
+
     async def _acquire(self, client: Client, request: messages.Acquire, fds: Descriptors) -> Answer:
         mounted = self._shares.get(request.mount_id, client.pid)
+        if mounted.detached:
+            raise LockUnavailable(f"{mounted.mount.mountpoint} has been unmounted; nothing more can be fenced there")
         fd = Descriptor(fds.take(request.lock_fd), mounted.share.storage.closer)
         mode, owner = Mode(request.mode), request.owner
         holder = Holder(
@@ -132,7 +163,7 @@ class Service:
             path=request.image.path,
         )
         image = _image(request.image, fd)
-        ask = Ask(mounted, image, fd, mode, owner.key, holder, max(request.wait, 0.0))
+        ask = Ask(mounted, image, fd, mode, owner.key, holder, max(request.wait, 0.0), request.node)
         lock = await self._table.acquire(ask)
         # From here to the answer nothing may wait: a hold that nobody answers for would stay.
         return Answer(
@@ -158,8 +189,7 @@ class Service:
             run_dir=self._run_dir,
             since=self._since,
             mounts=[
-                messages.MountInfo(each.mount_id, each.mount, each.pid, each.since, counts.get(each.mount_id, 0))
-                for each in self._shares.mounts.values()
+                _describe_mount(each, counts.get(each.mount_id, 0)) for each in self._shares.mounts.values()
             ],
             locks=sum(1 for lock in self._table.locks.values() if lock.grant),
         )
@@ -195,6 +225,18 @@ def _to_keep(lock: Lock, ask: Ask) -> list[int]:
         return []
     foreign = [lock.fd.number] if lock.fd is not ask.fd else []
     return [*foreign, *lock.grant.keep]
+
+
+def _describe_mount(mounted: Mounted, locks: int) -> messages.MountInfo:
+    return messages.MountInfo(
+        mounted.mount_id,
+        mounted.mount,
+        mounted.pid,
+        mounted.since,
+        locks,
+        mounted.attachment.data if mounted.attachment is not None else "",
+        mounted.gone,
+    )
 
 
 def _describe(lock: Lock) -> messages.LockInfo | None:

@@ -10,7 +10,10 @@ from dataclasses import dataclass, field
 import trio
 
 from lockfs.backend import Backend
+from lockfs.lockd.attachment import Attachment
 from lockfs.lockd.descriptor import Descriptor
+from lockfs.lockd.keeper import Keeper
+from lockfs.lockd.orders import Orders
 from lockfs.lockd.storage import Storage
 from lockfs.protocol import messages
 
@@ -45,10 +48,36 @@ class Share:
 
 @dataclass(slots=True, eq=False)
 class Mounted:
-    """A registered mount.  `pid` is that of its daemon, which alone may speak for it."""
+    """A registered mount.  `pid` is that of its daemon, which alone may speak for it.
+
+    `attachment` is None before the mount serves, and again when it is mounted nowhere any more: then it is `detached`,
+    and gets no more locks.  `gone` says that the daemon has ended; a `keeper` then answers in its place while there may
+    be somebody who can write.  `fenced` has the node ids that were fenced.
+    """
 
     mount_id: str
     mount: messages.Mount
     pid: int
     share: Share
     since: float = field(default_factory=time.time)
+    attachment: Attachment | None = None
+    detached: bool = False
+    gone: bool = False
+    orders: Orders = field(default_factory=Orders)
+    fenced: set[int] = field(default_factory=set)
+    keeper: Keeper | None = None
+
+    def keep(self, attachment: Attachment, nursery: trio.Nursery) -> Keeper:
+        """Answer the kernel from now on, since the daemon is dead; also what that one has left unanswered."""
+        if self.keeper is None:
+            self.keeper = Keeper(attachment, self.mount.mountpoint, self.fenced)
+            nursery.start_soon(self.keeper.run)
+        self.keeper.ask_again()
+        return self.keeper
+
+    def detach(self) -> None:
+        """Close what lockd keeps of the mount."""
+        if self.attachment is not None:
+            self.attachment.close()
+            self.attachment = None
+        self.detached = True

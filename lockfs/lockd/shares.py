@@ -10,7 +10,7 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import trio
@@ -18,13 +18,18 @@ import trio
 from lockfs import options, text
 from lockfs.backend import Backend, Context, Spec, find
 from lockfs.errors import LockfsError, MountError
+from lockfs.lockd.aftermath import Aftermath
+from lockfs.lockd.attachment import Attachment
 from lockfs.lockd.descriptor import Descriptor
 from lockfs.lockd.events import Events
+from lockfs.lockd.fence import Fencer
+from lockfs.lockd.lock import Lock
 from lockfs.lockd.share import Mounted, Share
 from lockfs.lockd.storage import STORAGE_TIMEOUT, Job, Storage
 from lockfs.lockd.table import Table
 from lockfs.protocol import messages
 from lockfs.protocol.errors import UnknownMount
+from lockfs.protocol.varlink import ProtocolError
 
 SETTLERS = 16
 """Locks of a mount that is gone that are given back at once."""
@@ -38,12 +43,15 @@ class Shares:
     `leaving` counts the mounts that are gone and whose locks are still being given back.
     """
 
-    def __init__(self, nursery: trio.Nursery, table: Table, events: Events, host: str, run_dir: str) -> None:
+    def __init__(
+        self, nursery: trio.Nursery, table: Table, fencer: Fencer, events: Events, host: str, run_dir: str
+    ) -> None:
         self.mounts: dict[str, Mounted] = {}
         self.leaving = 0
         self.host = host
         self._nursery = nursery
         self._table = table
+        self._fencer = fencer
         self._events = events
         self._run_dir = run_dir
         self._shares: dict[tuple[int, int], Share] = {}
@@ -52,7 +60,7 @@ class Shares:
     def get(self, mount_id: str, pid: int) -> Mounted:
         """Return the mount that process *pid* registered.  Raises `UnknownMount`."""
         mounted = self.mounts.get(mount_id)
-        if mounted is None or mounted.pid != pid:
+        if mounted is None or mounted.pid != pid or mounted.gone:
             raise UnknownMount(mount_id)
         return mounted
 
@@ -113,23 +121,53 @@ class Shares:
     async def _heed_losses(self, share: Share) -> None:
         with share.ended:
             async for grant in share.backend.lost():
-                self._table.lose(share, grant)
+                self._fencer.lose(share, grant)
+
+    def attach(self, mounted: Mounted, call: messages.Attach, root_fd: int, fuse_fd: int) -> None:
+        """Keep the root and the connection of a mount; the descriptors are lockd's from here on.
+
+        Raises OSError; then they are still the caller's.
+        """
+        if mounted.attachment is not None or mounted.detached:
+            raise ProtocolError("the mount is attached already")
+        mounted.attachment = Attachment.of(call.dev, call.data, root_fd, fuse_fd, mounted.pid, self._nursery)
+
+    def detach(self, mounted: Mounted) -> bool:
+        """Let a mount go that is mounted nowhere any more; return False if its images are still held."""
+        if self._table.held_by(mounted):
+            return False
+        mounted.detach()
+        return True
 
     async def leave(self, mounted: Mounted) -> None:
-        """Forget a mount whose daemon is gone, and free what it held; returns when that is done."""
+        """Free what a mount holds whose daemon is gone, as soon as nobody can write by it; return when that is done."""
         self.leaving += 1
+        mounted.gone = True
         try:
+            attachment = mounted.attachment
+            if attachment is not None and attachment.data == "passthrough" and self._table.held_by(mounted):
+                log.warning("the daemon of %s is dead; what is open there stays locked", mounted.mount.mountpoint)
+                self._tell("daemon-gone", mounted)
+                keeper = mounted.keep(attachment, self._nursery)
+                await Aftermath(mounted, attachment, keeper, self._table, self._settle).run()
             await self._leave(mounted)
         finally:
             self.leaving -= 1
 
     async def _leave(self, mounted: Mounted) -> None:
         share = mounted.share
+        mounted.detach()
         del self.mounts[mounted.mount_id]
         del share.mounts[mounted.mount_id]
         locks = self._table.abandon(mounted)
         log.info("unmounted: %s; it leaves %d locks to release", mounted.mount.mountpoint, len(locks))
         self._tell("unmounted", mounted)
+        await self._settle(locks)
+        async with self._gates[share.dev, share.ino]:
+            if self._is_unused(share):
+                await self._close(share)
+
+    async def _settle(self, locks: Sequence[Lock]) -> None:
         todo = iter(locks)
 
         async def settle() -> None:
@@ -139,9 +177,6 @@ class Shares:
         async with trio.open_nursery() as nursery:
             for _ in range(min(SETTLERS, len(locks))):
                 nursery.start_soon(settle)
-        async with self._gates[share.dev, share.ino]:
-            if self._is_unused(share):
-                await self._close(share)
 
     def _is_unused(self, share: Share) -> bool:
         known = self._shares.get((share.dev, share.ino)) is share

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -27,7 +27,7 @@ from lockfs.lockd.lock import Key, Lock, Waiter
 from lockfs.lockd.share import Mounted, Share
 from lockfs.lockd.storage import Job
 from lockfs.protocol.errors import HeldError, NotHeld
-from lockfs.protocol.messages import Event, HolderInfo
+from lockfs.protocol.messages import Event, FenceTarget, HolderInfo
 
 LOCAL_GRACE = 0.1
 """Seconds that a conflict on this host may last at least: a RELEASE comes after the close(2) that caused
@@ -45,7 +45,8 @@ class Ask:
     """One acquire: for which mount, of what (`image.fd` is the number of `fd`), how, for whom, and how
     patiently.
 
-    `first` is set if it gives this mount its first hold of the lock.
+    `node` is the number by which the kernel knows the file, 0 if it is not known.  `first` is set if it gives
+    this mount its first hold of the lock.
     """
 
     mounted: Mounted
@@ -55,6 +56,7 @@ class Ask:
     owner: str
     holder: Holder
     wait: float
+    node: int = 0
     first: bool = False
 
 
@@ -125,7 +127,7 @@ class Table:
                 f"the image is locked by way of {lock.share.source}, which {ask.mounted.share.source} overlaps with"
             )
         if lock.covers(ask.mode):
-            ask.first = lock.add(ask.mounted, ask.owner, ask.mode, ask.holder)
+            ask.first = lock.add(ask.mounted, ask.owner, ask.mode, ask.holder, ask.node)
             return True
 
         async def work(job: Job[bool]) -> bool:
@@ -154,7 +156,7 @@ class Table:
                 with trio.CancelScope(shield=True):
                     await self._settle(lock)
                 return False
-        ask.first = lock.add(ask.mounted, ask.owner, ask.mode, ask.holder)
+        ask.first = lock.add(ask.mounted, ask.owner, ask.mode, ask.holder, ask.node)
         return True
 
     def _refused(self, ask: Ask, error: HeldError) -> None:
@@ -194,6 +196,15 @@ class Table:
         for lock in touched:
             lock.kick()
         return touched
+
+    def abandon_one(self, mounted: Mounted, lock: Lock) -> None:
+        """Take the holds of a mount on one lock away; it is to be settled now."""
+        if lock.remove_mount(mounted.mount_id):
+            lock.kick()
+
+    def held_by(self, mounted: Mounted) -> list[Lock]:
+        """Return the locks that are held through a mount."""
+        return [lock for lock in self.locks.values() if any(hold.mounted is mounted for hold in lock.holds.values())]
 
     async def settle(self, lock: Lock) -> None:
         """Give back what is not wanted any more, however long it takes."""
@@ -252,15 +263,24 @@ class Table:
             lock.users -= 1
             self._forget_if_idle(lock)
 
-    def lose(self, share: Share, grant: Grant) -> None:
+    def lose(self, share: Share, grant: Grant) -> Lock | None:
         """Take note that a grant is no longer safe: nothing more is granted for it until its holders are
         gone.
+
+        Return its lock, None if it was given back meanwhile.
         """
         lock = self.locks.get(_key(share, grant.image.dev, grant.image.ino))
         if lock is None or lock.grant is not grant:
+            return None
+        self.mark_lost(lock, f"backend {share.backend_name} can no longer keep it")
+        return lock
+
+    def mark_lost(self, lock: Lock, reason: str) -> None:
+        """Grant nothing more of a lock until its holders are gone."""
+        if lock.lost:
             return
         lock.lost = True
-        log.error("lost the lock on %s; held here by %s", _path(lock), _people(lock.holders()))
+        log.error("lost the lock on %s: %s; held here by %s", _path(lock), reason, _people(lock.holders()))
         for hold in lock.holds.values():
             self._events.publish(
                 Event(
@@ -270,10 +290,24 @@ class Table:
                     image=hold.holder.path,
                     mode=hold.mode.value,
                     owner=HolderInfo.of(hold.holder, here=True),
-                    reason=f"backend {share.backend_name} can no longer keep it",
+                    reason=reason,
                 )
             )
         lock.kick()
+
+    def find(self, targets: Sequence[FenceTarget]) -> list[list[Lock]]:
+        """Return for each target the locks that are held here: more than one if several files had that path."""
+        by_path: dict[str, dict[Key, Lock]] = {}
+        by_inode: dict[tuple[int, int], list[Lock]] = {}
+        for lock in self.locks.values():
+            if lock.grant is not None and lock.holds:
+                by_inode.setdefault(lock.key[1:], []).append(lock)
+                for hold in lock.holds.values():
+                    by_path.setdefault(hold.holder.path, {})[lock.key] = lock
+        return [
+            list(by_path.get(each.path, {}).values()) if each.path else by_inode.get((each.dev, each.ino), [])
+            for each in targets
+        ]
 
     def uses(self, share: Share) -> bool:
         """Say whether there is any lock of this share."""

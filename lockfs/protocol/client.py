@@ -190,14 +190,27 @@ class LockdClient:
     @asynccontextmanager
     async def watch(self) -> AsyncIterator[AsyncIterator[messages.Event]]:
         """Within the context, iterate over what happens from then on; ends when lockd is gone."""
-        wire = await self._open()
-        try:
-            await _send(wire, messages.Watch(), (), more=True)
-            first, _ = await _receive(wire, messages.Event)
+        async with self._stream(messages.Watch(), messages.Event) as (first, events):
             if first.kind != "watching":
                 raise varlink.ProtocolError(f"lockd began a watch with '{first.kind}'")
-            async with aclosing(_events(wire)) as events:
-                yield events
+            yield events
+
+    @asynccontextmanager
+    async def orders(self, mount_id: str) -> AsyncIterator[AsyncIterator[messages.Order]]:
+        """Within the context, iterate over lockd's orders to the daemon of a mount; ends when lockd is gone."""
+        async with self._stream(messages.Orders(mount_id), messages.Order) as (first, orders):
+            if first.kind != "listening":
+                raise varlink.ProtocolError(f"lockd began its orders with '{first.kind}'")
+            yield orders
+
+    @asynccontextmanager
+    async def _stream(self, request: msgspec.Struct, kind: type[T]) -> AsyncIterator[tuple[T, AsyncIterator[T]]]:
+        wire = await self._open()
+        try:
+            await _send(wire, request, (), more=True)
+            first, _ = await _receive(wire, kind)
+            async with aclosing(_each(wire, kind)) as rest:
+                yield first, rest
         finally:
             wire.close()
 
@@ -211,14 +224,14 @@ class LockdClient:
         await trio.lowlevel.checkpoint()
 
 
-async def _events(wire: Wire) -> AsyncGenerator[messages.Event, None]:
+async def _each(wire: Wire, kind: type[T]) -> AsyncGenerator[T, None]:
     while True:
         try:
-            event, fds = await _receive(wire, messages.Event)
+            message, fds = await _receive(wire, kind)
         except LockUnavailable:
             return
         close_all(fds)
-        yield event
+        yield message
 
 
 async def _converse(

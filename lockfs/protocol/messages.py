@@ -16,6 +16,8 @@ from lockfs.backend import Holder, Mode
 
 INTERFACE = "io.lockfs.Lockd"
 ModeName = Literal["shared", "exclusive"]
+DataPath = Literal["passthrough", "gated"]
+"""How data gets to the storage: inside the kernel, or through the mount daemon."""
 
 
 class Owner(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -108,13 +110,19 @@ class LockInfo(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class MountInfo(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One registered mount."""
+    """One registered mount.
+
+    `data` says how data gets to the storage, empty before the mount serves.  `daemon_gone` is true if its daemon has
+    died: what is open may still be written to, and stays locked.
+    """
 
     mount_id: str
     mount: Mount
     pid: int
     since: float
     locks: int
+    data: str = ""
+    daemon_gone: bool = False
 
 
 # Calls -------------------------------------------------------------------------------------------
@@ -136,7 +144,10 @@ class Registered(msgspec.Struct, frozen=True):
 
 
 class Acquire(msgspec.Struct, frozen=True):
-    """Take or share a lock.  *wait* is how many seconds a conflict may last before it is refused."""
+    """Take or share a lock.  *wait* is how many seconds a conflict may last before it is refused.
+
+    *node* is the number by which the kernel knows the file on the mount, 0 if it is not known.
+    """
 
     mount_id: str
     image: Image
@@ -144,6 +155,7 @@ class Acquire(msgspec.Struct, frozen=True):
     owner: Owner
     wait: float = 0.0
     lock_fd: int = 0
+    node: int = 0
 
 
 class Acquired(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -188,6 +200,118 @@ class Inspected(msgspec.Struct, frozen=True):
     holders: list[HolderInfo]
 
 
+class Attach(msgspec.Struct, frozen=True):
+    """The mount serves.  Here is what lockd needs to fence its images, also when its daemon hangs or is dead.
+
+    *root_fd* is the root directory, on a private clone of the mount; *fuse_fd* the connection to the kernel.  lockd
+    keeps both until the mount is gone.
+    """
+
+    mount_id: str
+    dev: int
+    data: DataPath
+    root_fd: int = 0
+    fuse_fd: int = 1
+
+
+class Attached(msgspec.Struct, frozen=True):
+    """The images of the mount can be fenced from now on."""
+
+
+class Detach(msgspec.Struct, frozen=True):
+    """The mount is mounted nowhere any more: lockd is to close what it keeps of it, which ends the mount."""
+
+    mount_id: str
+
+
+class Detached(msgspec.Struct, frozen=True):
+    """Not `done` while images are held: they may have to be fenced yet."""
+
+    done: bool
+
+
+class Orders(msgspec.Struct, frozen=True):
+    """The mount daemon asks for what it has to do, for as long as it lives."""
+
+    mount_id: str
+
+
+class FencedImage(msgspec.Struct, frozen=True):
+    """An image that lockd fences, with the numbers by which the kernel knows it on the mount."""
+
+    dev: int
+    ino: int
+    nodes: list[int]
+
+
+class Order(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What the mount daemon has to do at once, and then to answer with `Obeyed`: to ``fence`` images.
+
+    The first one of the stream, ``listening``, needs no answer: what is sent after it arrives.
+    """
+
+    serial: int
+    kind: str
+    images: list[FencedImage] = []
+    reason: str = ""
+
+
+class Obeyed(msgspec.Struct, frozen=True):
+    """The order with this serial number is carried out."""
+
+    mount_id: str
+    serial: int
+
+
+class Noted(msgspec.Struct, frozen=True):
+    pass
+
+
+class FenceTarget(msgspec.Struct, frozen=True, omit_defaults=True):
+    """An image that this host holds: its path as it was opened, or device and inode number on the storage."""
+
+    path: str = ""
+    dev: int = 0
+    ino: int = 0
+
+
+class Fence(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Make every further I/O on what is open of these images fail, at once and for good."""
+
+    images: list[FenceTarget]
+    reason: str = ""
+
+
+class KilledProcess(msgspec.Struct, frozen=True):
+    """A process that could still write in a way that no error stops."""
+
+    pid: int
+    command: str
+    why: str
+
+
+class FenceResult(msgspec.Struct, frozen=True, omit_defaults=True):
+    """How the fence of one image on one mount went.
+
+    `fenced` is true if nothing more can get to the storage; `problems` says what could not be stopped, or is not
+    certain.  `drained` is true if what was being written at the time is known to have ended.
+    """
+
+    image: str
+    mountpoint: str = ""
+    fenced: bool = False
+    drained: bool = False
+    daemon_killed: bool = False
+    killed: list[KilledProcess] = []
+    problems: list[str] = []
+
+
+class Fenced(msgspec.Struct, frozen=True):
+    """One result for each image and mount; for an image that is not held here one without mount."""
+
+    results: list[FenceResult]
+
+
 class ListLocks(msgspec.Struct, frozen=True, omit_defaults=True):
     """Ask for the locks of this host, or for those that follow where an earlier answer ended."""
 
@@ -222,7 +346,8 @@ class Watch(msgspec.Struct, frozen=True):
 
 
 class Event(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One thing that happened: ``acquired``, ``released``, ``refused``, ``lost``, ``mounted``, ``unmounted``.
+    """One thing that happened: ``acquired``, ``released``, ``refused``, ``lost``, ``fenced``, ``mounted``,
+    ``unmounted``, ``daemon-gone``.
 
     The first one of a `Watch` is ``watching``: what happens after it will be told.
     """
@@ -280,6 +405,11 @@ METHODS: dict[str, tuple[type[msgspec.Struct], type[msgspec.Struct]]] = {
     "ListLocks": (ListLocks, Locks),
     "GetStatus": (GetStatus, Status),
     "Watch": (Watch, Event),
+    "Attach": (Attach, Attached),
+    "Detach": (Detach, Detached),
+    "Orders": (Orders, Order),
+    "Obeyed": (Obeyed, Noted),
+    "Fence": (Fence, Fenced),
 }
 """Each method with the types of its call and its reply; the class of a call has the method's name."""
 

@@ -145,6 +145,7 @@ def test_an_unknown_error_is_an_error_too() -> None:
 # The published interface -------------------------------------------------------------------------
 
 SCALARS = {int: "int", float: "float", str: "string", bool: "bool"}
+ENUMERATIONS: dict[Any, str] = {messages.ModeName: "Mode", messages.DataPath: "DataPath"}
 
 
 def described() -> tuple[dict[str, str], dict[str, tuple[str, str]], dict[str, str]]:
@@ -171,8 +172,8 @@ def spelled(kind: Any) -> str:
     """Return a Python type as varlink spells it."""
     if kind in SCALARS:
         return SCALARS[kind]
-    if kind == messages.ModeName:
-        return "Mode"
+    if kind in ENUMERATIONS:
+        return ENUMERATIONS[kind]
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is list:
         return "[]" + spelled(arguments[0])
@@ -212,7 +213,8 @@ def test_the_description_has_the_errors_that_lockd_has() -> None:
 
 def test_the_description_has_the_types_that_lockd_has() -> None:
     kinds, _, _ = described()
-    assert tuple(kinds.pop("Mode").split(", ")) == typing.get_args(messages.ModeName)
+    for kind, name in ENUMERATIONS.items():
+        assert tuple(kinds.pop(name).split(", ")) == typing.get_args(kind)
     assert {name: fields(text) for name, text in kinds.items()} == {
         name: of(getattr(messages, name)) for name in kinds
     }
