@@ -1,4 +1,7 @@
-"""The ``lockfs`` command: look at mounts and locks.  What it shows comes as JSON too, which is the stable form."""
+"""The ``lockfs`` command: look at mounts and locks, and fence images.
+
+What it shows comes as JSON too, which is the stable form.
+"""
 
 from __future__ import annotations
 
@@ -55,6 +58,18 @@ def parser() -> argparse.ArgumentParser:
     who.add_argument("--check", action="store_true", help="exit with 4 if an image is held")
     commands.add_parser("status", parents=[common, shown], help="show the mounts of this host")
     commands.add_parser("locks", parents=[common, shown], help="show the images that this host holds")
+    fence = commands.add_parser(
+        "fence",
+        parents=[common, shown],
+        help="make every further I/O on what is open of an image fail",
+        description="Make every further I/O on what is open of an image on this host fail, at once and for good. "
+        "Processes that no error stops, such as have it mapped, are killed. The lock stays until the image is closed.",
+    )
+    fence.add_argument("image", nargs="*", help="path of an image when it was opened, as `lockfs locks` shows it")
+    fence.add_argument(
+        "--inode", action="append", default=[], metavar="DEV:INO", help="an image by its numbers on the storage"
+    )
+    fence.add_argument("--reason", default="", metavar="TEXT", help="why, for the log and for who watches")
     options = commands.add_parser("options", parents=[common], help="list the mount options")
     options.add_argument("backend", nargs="?", default="", metavar="BACKEND", help="only those of this backend")
     options.add_argument("--markdown", action="store_true", help="print a Markdown table")
@@ -77,6 +92,10 @@ def _run(arguments: argparse.Namespace) -> int:
             from lockfs.cli import show
 
             return show.locks(directory, as_json=arguments.json)
+        case "fence":
+            from lockfs.cli import fence
+
+            return fence.run(arguments.image, arguments.inode, arguments.reason, directory, as_json=arguments.json)
         case _:
             from lockfs.cli import option_help
 

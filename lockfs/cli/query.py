@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
 import trio
 
 from lockfs.errors import LockUnavailable, UsageError
 from lockfs.protocol.client import LockdClient
-from lockfs.protocol.messages import GetStatus, LockInfo, Status
+from lockfs.protocol.messages import Fence, Fenced, FenceResult, FenceTarget, GetStatus, LockInfo, Status
 from lockfs.protocol.start import is_running
 
 TIMEOUT = 10.0
 """Seconds for lockd to answer a question that needs no storage."""
+FENCE_TIMEOUT = 60.0
+"""Seconds for a fence, which takes one or two; also of thousands of images on a host in trouble."""
 
 T = TypeVar("T")
 
@@ -29,14 +31,27 @@ def locks(run_dir: str) -> list[LockInfo] | None:
     return _ask(run_dir, LockdClient.locks)
 
 
+def fence(run_dir: str, images: Sequence[FenceTarget], reason: str) -> list[FenceResult]:
+    """Have lockd fence images.  Raises `LockfsError`."""
+
+    async def ask(client: LockdClient) -> list[FenceResult]:
+        fenced, _ = await client.call(Fence(list(images), reason), Fenced)
+        return fenced.results
+
+    results = _ask(run_dir, ask, FENCE_TIMEOUT)
+    if results is None:
+        raise LockUnavailable(f"no lockd is running in {run_dir}")
+    return results
+
+
 async def _status(client: LockdClient) -> Status:
     found, _ = await client.call(GetStatus(), Status)
     return found
 
 
-def _ask(run_dir: str, question: Callable[[LockdClient], Awaitable[T]]) -> T | None:
+def _ask(run_dir: str, question: Callable[[LockdClient], Awaitable[T]], timeout: float = TIMEOUT) -> T | None:
     async def ask() -> T:
-        with trio.fail_after(TIMEOUT):
+        with trio.fail_after(timeout):
             client = await LockdClient.connect(run_dir)
             try:
                 return await question(client)
@@ -50,7 +65,7 @@ def _ask(run_dir: str, question: Callable[[LockdClient], Awaitable[T]]) -> T | N
     try:
         return trio.run(ask) if is_running(run_dir) else None
     except trio.TooSlowError:
-        raise LockUnavailable(f"lockd in {run_dir} did not answer within {TIMEOUT:.0f} s") from None
+        raise LockUnavailable(f"lockd in {run_dir} did not answer within {timeout:.0f} s") from None
     except LockUnavailable:
         if is_running(run_dir):
             raise

@@ -302,6 +302,7 @@ class Table:
         for lock in self.locks.values():
             if lock.grant is not None and lock.holds:
                 by_inode.setdefault(lock.key[1:], []).append(lock)
+                by_path.setdefault(_storage_path(lock), {})[lock.key] = lock
                 for hold in lock.holds.values():
                     by_path.setdefault(hold.holder.path, {})[lock.key] = lock
         return [
@@ -355,6 +356,12 @@ def _key(share: Share, dev: int, ino: int) -> Key:
 
 def _path(lock: Lock) -> str:
     return text.from_bytes(lock.grant.image.path) if lock.grant else "?"
+
+
+def _storage_path(lock: Lock) -> str:
+    if lock.grant is None or lock.mount is None:
+        return "?"
+    return f"{lock.mount.mount.source.rstrip('/')}/{text.from_bytes(lock.grant.image.relative)}"
 
 
 def _people(holders: Iterable[Holder]) -> str:

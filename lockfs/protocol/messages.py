@@ -268,7 +268,9 @@ class Noted(msgspec.Struct, frozen=True):
 
 
 class FenceTarget(msgspec.Struct, frozen=True, omit_defaults=True):
-    """An image that this host holds: its path as it was opened, or device and inode number on the storage."""
+    """An image that this host holds, by its path when it was opened, on a mount or on the storage; or by device and
+    inode number on the storage.
+    """
 
     path: str = ""
     dev: int = 0
