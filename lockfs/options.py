@@ -98,7 +98,7 @@ OPTIONS: Sequence[Option] = (
     Option("owner", one_of("process", "cgroup", "open"), "process", "process|cgroup|open",
            "who counts as one owner: a process, all of a control group, or each open by itself"),
     Option("wait", seconds, "1", "SECONDS", "how long an open waits for the holder to let go before EBUSY"),
-    Option("data", one_of("auto", "passthrough", "gated"), "gated", "auto|passthrough|gated",
+    Option("data", one_of("auto", "passthrough", "gated"), "auto", "auto|passthrough|gated",
            "data inside the kernel, through the daemon, or the first where the kernel can"),
     Option("key", one_of("inode", "path"), "inode", "inode|path",
            "what names an image among hosts: the file itself, or its path"),

@@ -129,7 +129,7 @@ class Mappings:
     async def _mapped(self, numbers: set[int]) -> set[int]:
         try:
             found = await trio.to_thread.run_sync(lambda: holders.uses(self._dev, numbers, mappings_only=True))
-        except holders.Incomplete as error:
+        except (holders.Incomplete, OSError) as error:
             log.info("images stay locked that may be mapped still: %s", error)
             return numbers
         return {use.ino for use in found if use.writable}

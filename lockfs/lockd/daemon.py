@@ -162,7 +162,7 @@ class Daemon:
             log.info("%s: lockd stops", signal.Signals(number).name)
             # Whoever stops all at once tells us and the mount daemons at the same time.
             with trio.move_on_after(LEAVE_TIMEOUT):
-                while shares.mounts or shares.leaving:
+                while shares.mounts or shares.leaving:  # noqa: ASYNC110 - once, for half a second at most
                     await trio.sleep(0.01)
             if shares.mounts:
                 log.warning("lockd stops while %d mounts need it; they keep the locks they have", len(shares.mounts))

@@ -56,7 +56,7 @@ def test_defaults() -> None:
         "shared": (),
         "pin": (),
         "owner": "process",
-        "data": "gated",
+        "data": "auto",
         "wait": 1.0,
         "key": "inode",
         "managers": ("libvirtd", "virtqemud", "virtlockd"),

@@ -59,9 +59,12 @@ def test_mounting_again_brings_it_back(mount: Mount, host: Host, storage: Path, 
         assert writer.result("open", again / "new", os.O_WRONLY | os.O_CREAT) == "ok"
 
 
-def test_a_mount_daemon_that_is_killed_frees_its_images(host: Host, host_b: Host, storage: Path, tmp_path: Path) -> None:
-    """Nothing can write through a mount whose daemon is dead, so its images are free as soon as it is."""
-    a = host.mount(storage, tmp_path / "a", "wait=0.3")
+def test_a_mount_daemon_that_is_killed_frees_its_images(
+    host: Host, host_b: Host, storage: Path, tmp_path: Path, expect_log
+) -> None:
+    """Nothing can write through a daemon that is dead: where all data goes through it, its images are free at once."""
+    expect_log("the daemon of .* is dead", optional=True)
+    a = host.mount(storage, tmp_path / "a", "wait=0.3,data=gated")
     b = host_b.mount(storage, tmp_path / "b", "wait=0.3")
     (storage / "image").touch()
     with Actor() as holder, Actor() as other:
@@ -71,6 +74,28 @@ def test_a_mount_daemon_that_is_killed_frees_its_images(host: Host, host_b: Host
         deadline = time.monotonic() + 10
         while other.result("open", b / "image", os.O_RDWR) == "EBUSY":
             assert time.monotonic() < deadline
-        assert holder.result("write", fd, "x", 0) in ("ENOTCONN", "ECONNABORTED")
+        assert holder.result("write", fd, "x", 0) in ("ENOTCONN", "ECONNABORTED", "EIO")
         assert host.locks() == []
     assert (storage / "image").read_text() == ""
+
+
+def test_what_can_still_be_written_stays_locked_when_the_mount_daemon_is_killed(
+    host: Host, host_b: Host, storage: Path, tmp_path: Path, expect_log
+) -> None:
+    """Past the daemon, writing goes on without it; so does the lock, until the last handle is closed."""
+    expect_log("the daemon of .* is dead", optional=True)
+    a = host.mount(storage, tmp_path / "a", "wait=0.3,data=passthrough")
+    b = host_b.mount(storage, tmp_path / "b", "wait=0.3")
+    (storage / "image").touch()
+    with Actor() as holder, Actor() as other:
+        fd = holder.call("open", a / "image", os.O_RDWR)
+        os.kill(a.daemon(), signal.SIGKILL)
+        for number in range(5):
+            assert other.result("open", b / "image", os.O_RDWR) == "EBUSY"
+            holder.call("write", fd, str(number), 0)
+            time.sleep(0.3)
+        holder.result("close", fd)
+        deadline = time.monotonic() + 10
+        while other.result("open", b / "image", os.O_RDWR) == "EBUSY":
+            assert time.monotonic() < deadline
+    assert (storage / "image").read_text() == "4"
