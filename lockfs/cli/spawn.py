@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from lockfs.cli.preflight import DEAD, FSTYPE
@@ -26,6 +26,7 @@ ANSWER_TIMEOUT = 20.0
 END_TIMEOUT = 5.0
 """Seconds for a daemon to clean up after SIGTERM, before SIGKILL."""
 MAX_LINE = 1 << 16
+ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 Say = Callable[[str], None]
 """Tells a person who asked for it (mount -v) what goes on."""
@@ -65,32 +66,50 @@ class Request:
 def mount_and_wait(request: Request, run_dir: str, say: Say) -> None:
     """Start the daemon and wait until the mount serves.  Raises `LockfsError`, leaving nothing behind."""
     ready, ready_w = os.pipe()
+    process = None
     try:
-        process = _start(request, run_dir, ready_w)
-    except OSError as error:
-        os.close(ready)
-        raise MountError(f"the mount daemon cannot be started: {error.strerror}") from error
-    finally:
+        with _uninterrupted():
+            process = _start(request, run_dir, ready_w)
         os.close(ready_w)
-    try:
+        ready_w = -1
         say(f"started the mount daemon, process {process.pid}")
         _wait_ready(ready, process, request, say)
         _wait_answer(request)
     except BaseException:
-        _end(process, request.mountpoint)
+        if process is not None:
+            _end(process, request.mountpoint)
         raise
     finally:
         os.close(ready)
+        if ready_w >= 0:
+            os.close(ready_w)
     # It lives on as nobody's child; Popen would otherwise warn when it is collected.
     process.returncode = 0
 
 
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Make a signal that ends this program wait for the end of the block: what is started in it must become known."""
+    came: list[int] = []
+    before = {number: signal.signal(number, lambda number, _frame: came.append(number)) for number in ENDING}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if came:
+        raise KeyboardInterrupt
+
+
 def _start(request: Request, run_dir: str, ready_fd: int) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        request.command(ready_fd), cwd="/", env={**os.environ, "LOCKFS_RUN_DIR": os.path.abspath(run_dir)},
-        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        start_new_session=True, pass_fds=[ready_fd],
-    )  # fmt: skip
+    try:
+        return subprocess.Popen(
+            request.command(ready_fd), cwd="/", env={**os.environ, "LOCKFS_RUN_DIR": os.path.abspath(run_dir)},
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            start_new_session=True, pass_fds=[ready_fd],
+        )  # fmt: skip
+    except OSError as error:
+        raise MountError(f"the mount daemon cannot be started: {error.strerror}") from error
 
 
 def _wait_ready(ready: int, process: subprocess.Popen[bytes], request: Request, say: Say) -> None:

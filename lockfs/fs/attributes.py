@@ -132,9 +132,8 @@ class AttributeOperations(WriteRights):
                 return
             try:
                 present = await self.work.short(ctx, lambda: os.getxattr(proc_path(fd), name))
-            except OSError as error:
-                if error.errno != pyfuse3.ENOATTR:
-                    raise
+            except OSError:
+                # Absent, or not readable, as file capabilities that are not valid: in both cases this changes it.
                 present = None
         if present != value:
             await self.guard.check_elsewhere(node, ctx)

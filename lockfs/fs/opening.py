@@ -59,7 +59,7 @@ class OpenOperations(WriteRights):
         right = await self._right_to_open(node, flags, ctx)
         async with AsyncExitStack() as undo:
             undo.push_async_callback(self._give_up, right)
-            fd = await self._open_backing(node, flags & _PASSED_ON, ctx)
+            fd = await self._open_backing(node, flags, ctx)
             undo.callback(os.close, fd)
             if clears_suid:
                 await self.work.long(DAEMON, files.chown, fd, -1, -1)
@@ -92,13 +92,20 @@ class OpenOperations(WriteRights):
     async def _open_backing(self, node: Node, flags: int, ctx: Caller) -> int:
         with self.nodes.borrow(node) as fd:
             path = proc_path(fd)
-            if not self.work.remote and not flags & os.O_TRUNC:
-                try:
-                    # O_NONBLOCK: only another's lease on the file could make this wait.
-                    return os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK)
-                except BlockingIOError:
-                    pass
-            return await self.work.long(ctx, os.open, path, flags | os.O_CLOEXEC)
+            passed_on = flags & _PASSED_ON | os.O_CLOEXEC
+            try:
+                if not self.work.remote and not flags & os.O_TRUNC:
+                    try:
+                        # O_NONBLOCK: only another's lease on the file could make this wait.
+                        return os.open(path, passed_on | os.O_NONBLOCK)
+                    except BlockingIOError:
+                        pass
+                return await self.work.long(ctx, os.open, path, passed_on)
+            except PermissionError as error:
+                if error.errno != errno.EPERM or not flags & os.O_APPEND:
+                    raise
+                # A file that can only be appended to: a descriptor of it that appends does what is asked for.
+                return await self.work.long(ctx, os.open, path, passed_on | os.O_APPEND)
 
     async def _new_handle(self, node: Node, fd: int, flags: int, right: _Right, ctx: Caller) -> FileInfo:
         """Give the kernel its handle; on failure nothing is left but *fd* and *right*, which may have got a hold."""

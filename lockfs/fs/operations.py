@@ -31,8 +31,15 @@ class Operations(
         self.started.set()
 
     async def close(self) -> None:
-        """Close every handle, give back every image: the connection has ended."""
+        """Close every handle, and give back every image: the connection has ended.
+
+        But data that bypasses this daemon goes on.  Then nothing is given back: lockd frees an image when nobody can
+        write to it any more.
+        """
         for handle in self.handles.take_all():
-            await self.close_handle(handle)
+            if self.backing is None:
+                await self.close_handle(handle)
+            else:
+                self.work.close(handle.fd)
         self.nodes.close()
         self.work.finish()

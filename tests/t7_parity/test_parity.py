@@ -5,14 +5,14 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from t7_parity.conftest import TARGET
-from t7_parity.differences import DIFFERENCES
+from t7_parity.conftest import OPTIONS, TARGET
+from t7_parity.differences import DIFFERENCES, GATED_ONLY
 from t7_parity.registry import Case, all_cases
 from t7_parity.twins import Pair, compare
 
 CASES = all_cases()
 _numbers = itertools.count()
-KNOWN = DIFFERENCES if TARGET == "lockfs" else []
+KNOWN = [*DIFFERENCES, *(GATED_ONLY if "data=gated" in OPTIONS else [])] if TARGET == "lockfs" else []
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case.id for case in CASES])
