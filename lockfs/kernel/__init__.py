@@ -1,10 +1,10 @@
 """What pyfuse3 lacks: passthrough, the missing requests, INIT done before "mounted" is said.
 
-A C extension takes the place of libfuse's ``fuse_session_mount`` and sees each raw request and reply.  `load` puts it
-there, and has to be called before anything imports pyfuse3; then
+A C extension takes the place of three functions that pyfuse3 calls in libfuse, and so sees each raw request.  `load`
+puts it there, and has to be called before anything imports pyfuse3; then
 
 * `lockfs.kernel.session` starts the session and says what the kernel agreed to;
-* `lockfs.kernel.extra` serves ``fallocate``, ``lseek`` and ``copy_file_range``;
+* `lockfs.kernel.extra` serves ``open`` and ``create``, and ``fallocate``, ``lseek`` and ``copy_file_range``;
 * `lockfs.kernel.backing` keeps the backing ids of open files;
 * `lockfs.kernel.device` talks to ``/dev/fuse`` beside pyfuse3, also from another process.
 
@@ -27,8 +27,6 @@ import sys
 ENVIRONMENT = "LOCKFS_KERNEL"
 PASSTHROUGH_SINCE = (6, 9)
 CAP_SYS_ADMIN = 21
-_LIBFUSE = ("libfuse3.so.4", "libfuse3.so.3")
-_NEEDED = "fuse_session_custom_io"  # since libfuse 3.13
 
 _why_not: str | None = "lockfs.kernel.load() was not called"
 _called = False
@@ -65,11 +63,11 @@ def _load(off: bool) -> str | None:
     # Python loads extensions with local symbols; this makes those of one that is loaded global.
     ctypes.CDLL(_shim.__file__, os.RTLD_NOW | os.RTLD_NOLOAD | os.RTLD_GLOBAL)
     if not _shim.interposed():
-        return "another library in this process provides fuse_session_mount"
+        return "another library in this process provides functions of libfuse"
     import pyfuse3
 
     if missing := _shim.bind(str(pyfuse3.__file__)):
-        return f"libfuse is too old: it has no {missing}"
+        return f"this libfuse does not fit: it has no {missing}"
     return None
 
 
@@ -87,8 +85,6 @@ def probe() -> str | None:
     found = re.match(r"(\d+)\.(\d+)", release)
     if found and (int(found[1]), int(found[2])) < PASSTHROUGH_SINCE:
         return f"Linux {release} is too old for FUSE passthrough, which came with 6.9."
-    if _libfuse_is_too_old():
-        return f"libfuse is too old: it has no {_NEEDED}, which came with 3.13."
     if not _effective_capabilities() >> CAP_SYS_ADMIN & 1:
         return "FUSE passthrough needs CAP_SYS_ADMIN, which this process does not have."
     return None
@@ -96,15 +92,6 @@ def probe() -> str | None:
 
 def _switched_off() -> bool:
     return os.environ.get(ENVIRONMENT) == "off"
-
-
-def _libfuse_is_too_old() -> bool:
-    for name in _LIBFUSE:
-        try:
-            return not hasattr(ctypes.CDLL(name), _NEEDED)
-        except OSError:
-            pass
-    return False  # a name of its own, as in a bundle; `load` will tell
 
 
 def _effective_capabilities() -> int:

@@ -6,7 +6,7 @@ def bind(path: str) -> str | None:
     """Find libfuse through the loaded extension of pyfuse3 at *path*; return the name of a function it lacks."""
 
 def interposed() -> bool:
-    """Say whether what is loaded from now on calls our ``fuse_session_mount``."""
+    """Say whether what is loaded from now on calls our functions instead of libfuse's."""
 
 def configure(
     callback: Callable[[int, int, int, int, int, int, bytes], None],

@@ -1,16 +1,21 @@
-"""The requests that pyfuse3 does not know, as handlers of the same Operations object.
+"""The requests that do not go by way of pyfuse3, as handlers of the same Operations object.
 
-A handler is an async method; one that is missing is left to libfuse, which answers ENOSYS, and the kernel does
-without:
+Those that open, since pyfuse3 cannot tell the kernel of a backing id; their handlers are as for pyfuse3:
+
+    async def open(self, inode, flags, ctx) -> FileInfo
+    async def create(self, parent_inode, name, mode, flags, ctx) -> tuple[FileInfo, EntryAttributes]
+
+with an ``fh`` made by `lockfs.kernel.session.mint`.  And those that pyfuse3 does not know.  One whose handler is
+missing is left to libfuse, which answers ENOSYS, and the kernel does without:
 
     async def fallocate(self, fh, mode, offset, length, ctx) -> None
     async def lseek(self, fh, offset, whence) -> int                    # SEEK_DATA and SEEK_HOLE only
     async def copy_file_range(self, fh_in, off_in, fh_out, off_out, length, flags) -> int
 
-`fh` is the plain index of the handle, without backing id.  A handler raises FUSEError; of anything else the caller
-sees EIO.  An answer to copy_file_range may be short; EOPNOTSUPP makes the kernel copy through the page cache instead,
-as it has to be where the storage says EXDEV.  A caller that gets a signal goes on waiting, as for a disk: nothing
-here is interrupted.
+`fh` is the plain index of the handle, without backing id; `ctx` is a `Caller`.  A handler raises FUSEError; of
+anything else the caller sees EIO, and the log the rest.  An answer to copy_file_range may be short; EOPNOTSUPP makes
+the kernel copy through the page cache instead, as it has to be where the storage says EXDEV.  A caller that gets a
+signal goes on waiting, as for a disk: nothing here is interrupted.
 """
 
 from __future__ import annotations
@@ -19,13 +24,14 @@ import errno
 import logging
 import os
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
-from typing import Protocol, cast
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import pyfuse3
 import trio
 
-from lockfs.kernel import wire
+from lockfs.kernel import session, wire
 
 log = logging.getLogger("lockfs.kernel")
 
@@ -40,25 +46,18 @@ class Caller:
     umask: int = 0
 
 
-class Fallocate(Protocol):
-    """The handler of fallocate(2)."""
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A request as it came."""
 
-    async def __call__(self, fh: int, mode: int, offset: int, length: int, ctx: Caller) -> None: ...
-
-
-class Lseek(Protocol):
-    """The handler of lseek(2) with SEEK_DATA and SEEK_HOLE."""
-
-    async def __call__(self, fh: int, offset: int, whence: int) -> int: ...
-
-
-class CopyFileRange(Protocol):
-    """The handler of copy_file_range(2)."""
-
-    async def __call__(self, fh_in: int, off_in: int, fh_out: int, off_out: int, length: int, flags: int) -> int: ...
+    opcode: int
+    unique: int
+    node: int
+    caller: Caller
+    body: bytes
 
 
-Serve = Callable[[bytes, Caller], Awaitable[bytes]]
+Serve = Callable[[Request], Awaitable[bytes]]
 
 
 class Requests:
@@ -67,14 +66,9 @@ class Requests:
     def __init__(self, operations: object, nursery: trio.Nursery) -> None:
         self._nursery = nursery
         self._serve: dict[int, Serve] = {}
-        if fallocate := getattr(operations, "fallocate", None):
-            self._serve[wire.FALLOCATE] = _fallocate(cast(Fallocate, fallocate))
-        if lseek := getattr(operations, "lseek", None):
-            self._serve[wire.LSEEK] = _lseek(cast(Lseek, lseek))
-        if copy := getattr(operations, "copy_file_range", None):
-            handler = cast(CopyFileRange, copy)
-            self._serve[wire.COPY_FILE_RANGE] = _copy(handler, wire.MAX_COPY, wire.write_out)
-            self._serve[wire.COPY_FILE_RANGE_64] = _copy(handler, (1 << 63) - 1, wire.offset_out)
+        for handler, opcodes in _SERVED.items():
+            if method := getattr(operations, handler, None):
+                self._serve |= {opcode: partial(serve, method) for opcode, serve in opcodes.items()}
 
     @property
     def opcodes(self) -> int:
@@ -83,21 +77,22 @@ class Requests:
 
     def take(self, opcode: int, unique: int, node: int, uid: int, gid: int, pid: int, body: bytes) -> None:
         """Take a request from the extension.  What this raises makes the extension answer EIO."""
-        name = f"fuse opcode {opcode}, node {node}"
-        self._nursery.start_soon(self._answer, opcode, unique, body, Caller(uid, gid, pid), name=name)
+        request = Request(opcode, unique, node, Caller(uid, gid, pid), body)
+        self._nursery.start_soon(self._answer, request, name=f"fuse opcode {opcode}, node {node}")
 
-    async def _answer(self, opcode: int, unique: int, body: bytes, caller: Caller) -> None:
+    async def _answer(self, request: Request) -> None:
+        session.handed_over.set(session.Current(request.opcode, request.unique, False))
         error, data = errno.EIO, b""
         try:
-            data = await self._serve[opcode](body, caller)
+            data = await self._serve[request.opcode](request)
             error = 0
         except pyfuse3.FUSEError as refusal:
             error = refusal.errno
         except Exception:
-            log.exception("the handler of FUSE opcode %d failed", opcode)
+            log.exception("the handler of FUSE opcode %d failed", request.opcode)
         finally:
             # Also when it is cancelled: a request without an answer leaves its caller unkillable.
-            _reply(unique, error, data)
+            _reply(request.unique, error, data)
 
 
 def _reply(unique: int, error: int, data: bytes) -> None:
@@ -111,32 +106,75 @@ def _reply(unique: int, error: int, data: bytes) -> None:
             log.error("cannot answer request %d: %s", unique, failure.strerror)
 
 
-def _fallocate(handler: Fallocate) -> Serve:
-    async def serve(body: bytes, caller: Caller) -> bytes:
-        request = wire.parse_fallocate(body)
-        await handler(request.fh, request.mode, request.offset, request.length, caller)
-        return b""
-
-    return serve
+Handler = Callable[..., Awaitable[Any]]
 
 
-def _lseek(handler: Lseek) -> Serve:
-    async def serve(body: bytes, _caller: Caller) -> bytes:
-        request = wire.parse_lseek(body)
-        if request.whence not in (os.SEEK_DATA, os.SEEK_HOLE):
-            raise pyfuse3.FUSEError(errno.EINVAL)
-        return wire.offset_out(await handler(request.fh, request.offset, request.whence))
-
-    return serve
+async def _open(handler: Handler, request: Request) -> bytes:
+    asked = wire.parse_open(request.body)
+    session.handed_over.set(session.Current(request.opcode, request.unique, asked.kill_suidgid))
+    return _opened(await handler(request.node, asked.flags, request.caller))
 
 
-def _copy(handler: CopyFileRange, limit: int, reply: Callable[[int], bytes]) -> Serve:
-    async def serve(body: bytes, _caller: Caller) -> bytes:
-        request = wire.parse_copy_file_range(body)
-        length = min(request.length, limit)
-        copied = await handler(request.fh_in, request.off_in, request.fh_out, request.off_out, length, request.flags)
-        if not 0 <= copied <= length:
-            raise ValueError(f"copy_file_range says that it copied {copied} of {length} bytes")
-        return reply(copied)
+async def _create(handler: Handler, request: Request) -> bytes:
+    asked = wire.parse_create(request.body)
+    session.handed_over.set(session.Current(request.opcode, request.unique, asked.kill_suidgid))
+    caller = replace(request.caller, umask=asked.umask)
+    info, entry = await handler(request.node, asked.name, asked.mode, asked.flags, caller)
+    return _entered(entry) + _opened(info)
 
-    return serve
+
+def _opened(info: pyfuse3.FileInfo) -> bytes:
+    index, backing_id = session.split(info.fh)
+    return wire.open_out(
+        index, backing_id, direct_io=info.direct_io, keep_cache=info.keep_cache, nonseekable=info.nonseekable
+    )
+
+
+def _entered(entry: pyfuse3.EntryAttributes) -> bytes:
+    return wire.entry_out(
+        wire.Attributes(
+            entry.st_ino, entry.generation, entry.entry_timeout, entry.attr_timeout, entry.st_size, entry.st_blocks,
+            entry.st_atime_ns, entry.st_mtime_ns, entry.st_ctime_ns, entry.st_mode, entry.st_nlink, entry.st_uid,
+            entry.st_gid, entry.st_rdev, entry.st_blksize,
+        )
+    )  # fmt: skip
+
+
+async def _fallocate(handler: Handler, request: Request) -> bytes:
+    asked = wire.parse_fallocate(request.body)
+    await handler(asked.fh, asked.mode, asked.offset, asked.length, request.caller)
+    return b""
+
+
+async def _lseek(handler: Handler, request: Request) -> bytes:
+    asked = wire.parse_lseek(request.body)
+    if asked.whence not in (os.SEEK_DATA, os.SEEK_HOLE):
+        raise pyfuse3.FUSEError(errno.EINVAL)
+    return wire.offset_out(await handler(asked.fh, asked.offset, asked.whence))
+
+
+async def _copy(handler: Handler, request: Request) -> bytes:
+    return wire.write_out(await _copied(handler, request, wire.MAX_COPY))
+
+
+async def _copy_64(handler: Handler, request: Request) -> bytes:
+    return wire.offset_out(await _copied(handler, request, (1 << 63) - 1))
+
+
+async def _copied(handler: Handler, request: Request, limit: int) -> int:
+    asked = wire.parse_copy_file_range(request.body)
+    length = min(asked.length, limit)
+    copied: int = await handler(asked.fh_in, asked.off_in, asked.fh_out, asked.off_out, length, asked.flags)
+    if not 0 <= copied <= length:
+        raise ValueError(f"copy_file_range says that it copied {copied} of {length} bytes")
+    return copied
+
+
+_SERVED: dict[str, dict[int, Callable[[Handler, Request], Awaitable[bytes]]]] = {
+    "open": {wire.OPEN: _open},
+    "create": {wire.CREATE: _create},
+    "fallocate": {wire.FALLOCATE: _fallocate},
+    "lseek": {wire.LSEEK: _lseek},
+    "copy_file_range": {wire.COPY_FILE_RANGE: _copy, wire.COPY_FILE_RANGE_64: _copy_64},
+}
+"""For each handler the opcodes that it serves."""

@@ -46,6 +46,7 @@ static PyObject *module_configure(PyObject *self, PyObject *args, PyObject *keyw
         shim.congestion_threshold = congestion_threshold;
         shim.resuming = resume.len > 0;
         shim.init_size = (size_t)resume.len;
+        memset(shim.init, 0, sizeof shim.init);
         memcpy(shim.init, resume.buf, shim.init_size);
         shim.armed = true;
         result = Py_NewRef(Py_None);

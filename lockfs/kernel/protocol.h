@@ -12,12 +12,12 @@
 
 enum opcode {
     OP_SETATTR = 4,
-    OP_OPEN = 14,
     OP_WRITE = 16,
-    OP_INIT = 26,
-    OP_CREATE = 35,
     OP_INTERRUPT = 36,
 };
+
+#define MIN_READ_BUFFER 8192 /* what the kernel demands of a read, if its max_write is not larger */
+#define HEADER_ROOM 4096     /* for all that comes with the data of a WRITE */
 
 struct in_header {
     uint32_t len;
@@ -57,46 +57,23 @@ struct init_out {
     uint32_t unused[6];
 };
 
-#define OPEN_NOFLUSH (1u << 5)
-#define OPEN_PASSTHROUGH (1u << 7)
-
-struct open_out {
-    uint64_t fh;
-    uint32_t open_flags;
-    int32_t backing_id;
-};
-
-#define ENTRY_OUT_SIZE 128 /* struct fuse_entry_out, which stands before struct fuse_open_out in a reply to CREATE */
-
 /* Where a request says that the suid and sgid bits of the file must go: the offset of a word in its body, and the bit. */
 #define SETATTR_VALID 0 /* fuse_setattr_in.valid */
 #define SETATTR_FH (1u << 6)
 #define SETATTR_LOCKOWNER (1u << 9)
 #define SETATTR_KILL_SUIDGID (1u << 11)
-#define OPEN_OPEN_FLAGS 4 /* fuse_open_in.open_flags */
-#define CREATE_OPEN_FLAGS 12 /* fuse_create_in.open_flags */
-#define OPEN_KILL_SUIDGID (1u << 0)
-#define WRITE_WRITE_FLAGS 20 /* fuse_write_in.write_flags */
+#define WRITE_FLAGS 20 /* fuse_write_in.write_flags */
 #define WRITE_KILL_SUIDGID (1u << 2)
 
-/* libfuse: include/fuse_lowlevel.h and fuse_common.h, 3.14 to 3.18. */
+/* libfuse: include/fuse_common.h, 3.0 to 3.18. */
 struct fuse_session;
-
-struct custom_io {
-    ssize_t (*writev)(int fd, struct iovec *iov, int count, void *userdata);
-    ssize_t (*read)(int fd, void *buf, size_t size, void *userdata);
-    void *splice_receive, *splice_send; /* absent: libfuse reads and writes */
-    void *clone_fd;                     /* since 3.17 */
-};
 
 struct session_buf {
     size_t size;
     int flags;
     void *mem;
-    int fd;
-    off_t pos;
-    size_t mem_size; /* since 3.17 */
-    char later[64];  /* for members that a later version may append */
+    /* In a buffer of pyfuse3's, what follows is as long as its libfuse had it; in one of ours, long enough. */
+    char rest[96];
 };
 
 #endif

@@ -1,28 +1,35 @@
 /* How the shim gets between pyfuse3 and libfuse.
  *
- * pyfuse3 calls `fuse_session_mount`.  This module has a function of that name too, and, once it is loaded with global
- * symbols before pyfuse3 is, the dynamic linker takes ours.  Every pyfuse3 calls this one; `fuse_session_new` is called
- * `fuse_session_new_versioned` since libfuse 3.17. */
+ * pyfuse3 calls the functions of libfuse by name.  This module has three of these names, too, and, once it is loaded with
+ * global symbols before pyfuse3 is, the dynamic linker takes ours:
+ *
+ *   fuse_session_mount        does INIT as well, so that the mount serves when pyfuse3.init() returns;
+ *   fuse_session_receive_buf  reads each request, and passes it on or not;
+ *   fuse_session_destroy      ends it.
+ *
+ * Every version of pyfuse3 and libfuse 3 has these.  libfuse's own way in, fuse_session_custom_io, is refused by builds of
+ * libfuse since 3.18.3, unless configured otherwise. */
 #include "shim.h"
 
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <stdalign.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 typedef struct fuse_session session;
 
 static struct {
     int (*mount)(session *, const char *);
+    int (*receive_buf)(session *, struct session_buf *);
     void (*destroy)(session *);
+    void (*process_buf)(session *, const struct session_buf *);
     int (*fd)(session *);
     int (*exited)(session *);
-    int (*receive_buf)(session *, struct session_buf *);
-    void (*process_buf)(session *, const struct session_buf *);
-    int (*custom_io)(session *, const struct custom_io *, int fd);
-    int (*custom_io_317)(session *, const struct custom_io *, size_t size, int fd);
+    void (*exit)(session *);
 } real;
 
 static char failure[200];
@@ -50,12 +57,12 @@ const char *shim_bind(const char *path)
         void *where;
     } wanted[] = {
         {"fuse_session_mount", &real.mount},
+        {"fuse_session_receive_buf", &real.receive_buf},
         {"fuse_session_destroy", &real.destroy},
+        {"fuse_session_process_buf", &real.process_buf},
         {"fuse_session_fd", &real.fd},
         {"fuse_session_exited", &real.exited},
-        {"fuse_session_receive_buf", &real.receive_buf},
-        {"fuse_session_process_buf", &real.process_buf},
-        {"fuse_session_custom_io", &real.custom_io},
+        {"fuse_session_exit", &real.exit},
     };
     const char *missing = NULL;
     for (size_t i = 0; i < sizeof wanted / sizeof *wanted; i++) {
@@ -64,46 +71,98 @@ const char *shim_bind(const char *path)
         if (!found)
             missing = wanted[i].name;
     }
-    void *found = dlsym(pyfuse3, "fuse_session_custom_io_317");
-    memcpy(&real.custom_io_317, &found, sizeof found);
     dlclose(pyfuse3);
     return missing;
 }
 
-static int install(session *se)
+/* INIT ------------------------------------------------------------------------------------------------------------- */
+
+/* Have libfuse answer a request, and take the answer: for that time its descriptor stands for a pipe.  Return the length
+ * of the answer, or -1. */
+static ssize_t ask_libfuse(session *se, int fd, void *request, size_t size, void *reply, size_t reply_room)
 {
-    int fd = real.fd(se);
-    int flags = fcntl(fd, F_GETFL);
-    if (flags < 0 || fcntl(fd, F_SETFL, flags | O_NONBLOCK) < 0)
-        return fail("the mountpoint stands for no open /dev/fuse", errno);
-    /* The two differ in how they learn the size of custom_io; the older reads as far as splice_send. */
-    int error = real.custom_io_317 ? real.custom_io_317(se, &shim_io, offsetof(struct custom_io, clone_fd), fd)
-                                   : real.custom_io(se, &shim_io, fd);
-    if (error)
-        return fail("libfuse refused the custom I/O", -error);
-    shim.fd = fd;
-    shim.agreed = false;
-    shim.granted = 0;
-    shim_forget_all();
-    return 0;
+    int pipe[2], flags = fcntl(fd, F_GETFD), device = fcntl(fd, F_DUPFD_CLOEXEC, 3);
+    if (flags < 0 || device < 0 || pipe2(pipe, O_CLOEXEC | O_NONBLOCK) < 0) {
+        int error = errno;
+        if (device >= 0)
+            close(device);
+        return fail("cannot take libfuse's answer to INIT", error);
+    }
+    ssize_t got = -1;
+    if (dup3(pipe[1], fd, O_CLOEXEC) >= 0) {
+        struct session_buf buf = {.size = size, .mem = request};
+        real.process_buf(se, &buf);
+        if (dup3(device, fd, flags & FD_CLOEXEC ? O_CLOEXEC : 0) >= 0)
+            got = read(pipe[0], reply, reply_room);
+    }
+    if (got < 0)
+        fail("libfuse did not answer INIT", errno);
+    close(device);
+    close(pipe[0]);
+    close(pipe[1]);
+    return got;
+}
+
+/* Make an answer to INIT what `configure` asked for. */
+static void patch_init(struct init_out *out)
+{
+    struct init_in in = {0};
+    memcpy(&in, shim.init + sizeof(struct in_header), sizeof in);
+    uint64_t offered = in.flags | (in.flags & INIT_EXT ? (uint64_t)in.flags2 << 32 : 0);
+    uint64_t flags = out->flags | (uint64_t)out->flags2 << 32 | (shim.flags & offered);
+    if (flags >> 32)
+        flags |= INIT_EXT;
+    out->flags = (uint32_t)flags;
+    out->flags2 = (uint32_t)(flags >> 32);
+    if (flags & INIT_PASSTHROUGH)
+        /* One below ours; with 2, for a stacked filesystem below, ours could not lie below an overlayfs. */
+        out->max_stack_depth = 1;
+    if (shim.max_background)
+        out->max_background = shim.max_background;
+    if (shim.congestion_threshold)
+        out->congestion_threshold = shim.congestion_threshold;
+    shim.granted = flags;
+    shim.buffer_size = (out->max_write > 4096 ? out->max_write : 4096) + HEADER_ROOM;
+    if (shim.buffer_size < MIN_READ_BUFFER)
+        shim.buffer_size = MIN_READ_BUFFER;
 }
 
 /* The kernel's INIT has waited since mount(2).  Answered here, the mount serves when pyfuse3.init() returns. */
-static int shake_hands(session *se)
+static int shake_hands(session *se, int fd)
 {
-    struct session_buf buf = {0};
-    int got = real.receive_buf(se, &buf);
-    if (got > 0)
-        real.process_buf(se, &buf);
-    free(buf.mem);
-    if (got == -EINTR)
-        return fail("the kernel has sent no INIT request: /dev/fuse is not mounted, or was answered before", 0);
-    if (got <= 0)
-        return fail("cannot read the INIT request", got < 0 ? -got : ENODEV);
-    if (!shim.agreed || real.exited(se))
-        return fail("libfuse and the kernel do not agree on a protocol", 0);
-    return 0;
+    alignas(8) unsigned char request[MIN_READ_BUFFER];
+    ssize_t size;
+    if (shim.resuming) {
+        size = (ssize_t)shim.init_size;
+        memcpy(request, shim.init, shim.init_size);
+    } else {
+        size = read(fd, request, sizeof request);
+        if (size < 0 && errno == EAGAIN)
+            return fail("the kernel has sent no INIT request: /dev/fuse is not mounted, or was answered before", 0);
+        if (size < 0)
+            return fail("cannot read the INIT request", errno);
+        shim.init_size = (size_t)size < sizeof shim.init ? (size_t)size : sizeof shim.init;
+        memset(shim.init, 0, sizeof shim.init); /* kernels before 5.17 send less of it */
+        memcpy(shim.init, request, shim.init_size);
+    }
+    if (size < (ssize_t)(sizeof(struct in_header) + offsetof(struct init_in, flags2)))
+        return fail("what came first is no INIT request", 0);
+    struct {
+        struct out_header header;
+        struct init_out body;
+    } reply = {0};
+    ssize_t length = ask_libfuse(se, fd, request, (size_t)size, &reply, sizeof reply);
+    if (length < 0)
+        return -1;
+    bool agreed = length == sizeof reply && reply.header.error == 0 && !real.exited(se);
+    if (agreed)
+        patch_init(&reply.body);
+    if (!shim.resuming && write(fd, &reply, (size_t)length) < 0)
+        return fail("cannot answer the INIT request", errno);
+    return agreed ? 0 : fail("libfuse and the kernel do not agree on a protocol", 0);
 }
+
+/* What pyfuse3 calls ----------------------------------------------------------------------------------------------- */
 
 static int hook_mount(session *se, const char *mountpoint)
 {
@@ -114,10 +173,45 @@ static int hook_mount(session *se, const char *mountpoint)
     if (status != 0 || !shim.armed)
         return status;
     shim.armed = false;
-    if (install(se) == 0 && shake_hands(se) == 0)
+    int fd = real.fd(se);
+    int flags = fcntl(fd, F_GETFL);
+    if (flags < 0 || fcntl(fd, F_SETFL, flags | O_NONBLOCK) < 0)
+        return fail("the mountpoint stands for no open /dev/fuse", errno);
+    if (shake_hands(se, fd) < 0)
+        return -1;
+    shim_forget_all();
+    shim.fd = fd;
+    return 0;
+}
+
+/* Returns the size of a request, 0 at the end, or a negative errno.  pyfuse3 reads with the GIL held once trio has found
+ * the device readable.  By then the request may be gone, with the caller that was killed; so the device is non-blocking.
+ * Of the errors pyfuse3 goes on only after EINTR.  Requests are copied: to splice them costs more. */
+static int hook_receive_buf(session *se, struct session_buf *buf)
+{
+    if (shim.fd < 0)
+        return real.receive_buf(se, buf);
+    if (!buf->mem)
+        buf->mem = malloc(shim.buffer_size); /* freed by pyfuse3 */
+    if (!buf->mem)
+        return -ENOMEM;
+    buf->flags = 0;
+    ssize_t got;
+    do
+        got = read(shim.fd, buf->mem, shim.buffer_size);
+    while (got < 0 && errno == ENOENT); /* that request was interrupted: on to the next */
+    if (real.exited(se))
         return 0;
-    shim.fd = -1;
-    return -1;
+    if (got < 0 && errno == ENODEV) {
+        real.exit(se); /* unmounted */
+        return 0;
+    }
+    if (got < 0)
+        return errno == EAGAIN ? -EINTR : -errno;
+    if (got < (ssize_t)sizeof(struct in_header))
+        return -EIO;
+    buf->size = (size_t)got;
+    return shim_inspect(buf->mem, buf->size) ? (int)got : -EINTR;
 }
 
 static void hook_destroy(session *se)
@@ -128,13 +222,23 @@ static void hook_destroy(session *se)
 }
 
 /* Aliases, since the address of a global symbol of ours might be that of another library's namesake. */
-__attribute__((visibility("default"), alias("hook_mount"))) int fuse_session_mount(session *se, const char *mountpoint);
-__attribute__((visibility("default"), alias("hook_destroy"))) void fuse_session_destroy(session *se);
+#define EXPORTED(function) __attribute__((visibility("default"), alias(#function)))
+EXPORTED(hook_mount) int fuse_session_mount(session *se, const char *mountpoint);
+EXPORTED(hook_receive_buf) int fuse_session_receive_buf(session *se, struct session_buf *buf);
+EXPORTED(hook_destroy) void fuse_session_destroy(session *se);
 
 bool shim_interposed(void)
 {
-    int (*found)(session *, const char *) = NULL;
-    void *symbol = dlsym(RTLD_DEFAULT, "fuse_session_mount");
-    memcpy(&found, &symbol, sizeof found);
-    return found == hook_mount;
+    const struct {
+        const char *name;
+        uintptr_t ours;
+    } wanted[] = {
+        {"fuse_session_mount", (uintptr_t)hook_mount},
+        {"fuse_session_receive_buf", (uintptr_t)hook_receive_buf},
+        {"fuse_session_destroy", (uintptr_t)hook_destroy},
+    };
+    for (size_t i = 0; i < sizeof wanted / sizeof *wanted; i++)
+        if ((uintptr_t)dlsym(RTLD_DEFAULT, wanted[i].name) != wanted[i].ours)
+            return false;
+    return true;
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -85,10 +86,11 @@ def begin(
     """Do as ``pyfuse3.init`` on a mounted ``/dev/fuse``; when this returns, the mount serves as soon as the main loop
     runs.
 
-    The open file description of *fuse_fd* becomes non-blocking; pyfuse3 without this module cannot serve it afterwards.
+    The open file description of *fuse_fd* becomes non-blocking; pyfuse3 without this module cannot serve it
+    afterwards.  The handler ``init`` must leave the descriptor alone: while it runs, that stands for something else.
     With *resume*, the `Negotiated.init` of a daemon that died, take over its connection; then send `notify_resend`.
-    Raises `SystemError_` if `load` did not work or pyfuse3 went past us, `MountError` if the session did not start; in
-    both cases *fuse_fd* is still the caller's.
+    Raises `SystemError_` if `load` did not work or pyfuse3 went past us, `MountError` if the session did not start;
+    in both cases *fuse_fd* is still the caller's.
     """
     import pyfuse3
 
@@ -119,19 +121,32 @@ def negotiated() -> Negotiated:
     return Negotiated(offer.major, offer.minor, offer.flags, granted, init)
 
 
+handed_over: ContextVar[Current] = ContextVar("handed_over")
+"""The request that `lockfs.kernel.extra` serves in this task."""
+
+
 def current() -> Current:
-    """Return the request that a handler was called for.  Only true before the handler's first ``await``."""
+    """Return the request that a handler was called for.
+
+    In handlers that pyfuse3 calls, which are all but those of `lockfs.kernel.extra`, only before the first ``await``.
+    """
     from lockfs.kernel import _shim
 
-    return Current(*_shim.current())
+    return handed_over.get(None) or Current(*_shim.current())
 
 
 def mint(index: int, backing_id: int) -> int:
     """Return the ``fh`` that a handler of ``open`` or ``create`` returns: with a backing id, data bypasses the daemon.
 
-    The kernel, and so every later request for this open file, has the *index* alone.  Raises OverflowError for an index
+    Other flags of its FileInfo count only without one.  The kernel, and so every later request for this open file, has
+    the *index* alone.  Raises OverflowError for an index
     above `MAX_INDEX`, which is all that fits: use numbers again after their RELEASE.
     """
     if not 0 <= index <= MAX_INDEX:
         raise OverflowError(f"the number of an open file must be at most {MAX_INDEX}, not {index}")
     return index | backing_id << 32
+
+
+def split(fh: int) -> tuple[int, int]:
+    """Return the index and the backing id that `mint` made *fh* of."""
+    return fh & MAX_INDEX, fh >> 32

@@ -8,36 +8,35 @@
 
 #include "protocol.h"
 
-/* The one session of this process (pyfuse3 has no more).  Guarded by the GIL, which pyfuse3 holds whenever it reads a
- * request or writes a reply; only notifications are written without it, and they touch nothing here. */
+/* The one session of this process (pyfuse3 has no more).  Guarded by the GIL, which pyfuse3 holds whenever it calls. */
 struct shim {
     /* What `configure` asked for. */
-    bool armed;            /* the next session is ours */
-    PyObject *callback;    /* gets the requests below */
-    uint64_t opcodes;      /* the opcodes to be handed over, as a bit mask */
-    uint64_t flags;        /* INIT flags to be set if the kernel offers them */
+    bool armed;         /* the next session is ours */
+    PyObject *callback; /* gets the requests below */
+    uint64_t opcodes;   /* the opcodes to be handed over, as a bit mask */
+    uint64_t flags;     /* INIT flags to be set if the kernel offers them */
     uint16_t max_background, congestion_threshold; /* 0: as libfuse has it */
+    bool resuming;      /* the kernel has its answer to INIT from a daemon that died */
 
     /* The session, once it is mounted. */
-    int fd;                /* /dev/fuse; -1: there is no session */
-    bool agreed;           /* INIT was answered */
-    bool resuming;         /* the kernel has its answer to INIT from a daemon that died */
-    uint64_t offered, granted; /* INIT flags */
-    unsigned char init[256];   /* the INIT request; longer than any so far */
+    int fd;                  /* /dev/fuse; -1: there is no session of ours */
+    uint64_t granted;        /* INIT flags */
+    unsigned char init[256]; /* the INIT request; longer than any so far */
     size_t init_size;
+    size_t buffer_size;      /* for any request */
 
-    /* The request that was passed on last. */
+    /* The request that pyfuse3 has got last. */
     uint32_t opcode;
     uint64_t unique;
     bool kill_suidgid;
 };
 
 extern struct shim shim;
-extern const struct custom_io shim_io;
 
-/* hooks.c */
-void shim_forget_all(void);
+/* requests.c */
+bool shim_inspect(const struct in_header *in, size_t got); /* whether pyfuse3 is to get the request */
 int shim_reply(uint64_t unique, int error, const void *data, size_t size); /* 0, or an errno; ESRCH: not ours */
+void shim_forget_all(void);
 
 /* session.c */
 const char *shim_bind(const char *path); /* NULL, or what is missing */

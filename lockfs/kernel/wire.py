@@ -9,6 +9,8 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+OPEN = 14
+CREATE = 35
 FALLOCATE = 43
 LSEEK = 46
 COPY_FILE_RANGE = 47
@@ -24,9 +26,14 @@ _NOTIFY_INVAL_INODE = 2
 _NOTIFY_RESEND = 7
 _NOTIFY_PRUNE = 9
 
+_SECOND = 1_000_000_000
 _IN_HEADER_SIZE = 40
 _OUT_HEADER = struct.Struct("=IiQ")
 _INIT_IN = struct.Struct("=IIIII")
+_OPEN_IN = struct.Struct("=II")
+_CREATE_IN = struct.Struct("=IIII")
+_OPEN_OUT = struct.Struct("=QIi")
+_ENTRY_OUT = struct.Struct("=QQQQII" + "QQQQQQIIIIIIIIII")
 _FALLOCATE_IN = struct.Struct("=QQQII")
 _LSEEK_IN = struct.Struct("=QQII")
 _OFFSET_OUT = struct.Struct("=Q")
@@ -35,6 +42,12 @@ _WRITE_OUT = struct.Struct("=II")
 _INVAL_INODE_OUT = struct.Struct("=Qqq")
 _PRUNE_OUT = struct.Struct("=IIQ")
 _BACKING_MAP = struct.Struct("=iIQ")
+
+_OPEN_KILL_SUIDGID = 1
+_FOPEN_DIRECT_IO = 1 << 0
+_FOPEN_KEEP_CACHE = 1 << 1
+_FOPEN_NONSEEKABLE = 1 << 2
+_FOPEN_PASSTHROUGH = 1 << 7
 
 BACKING_OPEN = 0x4010E501
 """_IOW(229, 1, struct fuse_backing_map)"""
@@ -52,6 +65,46 @@ class Init:
     major: int
     minor: int
     flags: int
+
+
+@dataclass(frozen=True, slots=True)
+class Open:
+    """A request to open a file; `kill_suidgid` as in `lockfs.kernel.session.Current`."""
+
+    flags: int
+    kill_suidgid: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Create:
+    """A request to make a file and open it."""
+
+    flags: int
+    mode: int
+    umask: int
+    kill_suidgid: bool
+    name: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Attributes:
+    """What struct fuse_entry_out tells of a file.  Times in nanoseconds since 1970, timeouts in seconds."""
+
+    node: int
+    generation: int
+    entry_timeout: float
+    attr_timeout: float
+    size: int
+    blocks: int
+    atime_ns: int
+    mtime_ns: int
+    ctime_ns: int
+    mode: int
+    nlink: int
+    uid: int
+    gid: int
+    rdev: int
+    blksize: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,13 +140,55 @@ class CopyFileRange:
 
 
 def parse_init(request: bytes) -> Init:
-    """Parse a whole INIT request, header included.  Raises struct.error if it is too short."""
-    major, minor, _readahead, flags, more = _INIT_IN.unpack_from(request, _IN_HEADER_SIZE)
+    """Parse a whole INIT request, header included."""
+    # Kernels before 5.17 send no more than 32 flags.
+    body = request[_IN_HEADER_SIZE:].ljust(_INIT_IN.size, b"\0")
+    major, minor, _readahead, flags, more = _INIT_IN.unpack_from(body)
     return Init(major, minor, flags | more << 32 if flags & INIT_EXT else flags)
 
 
+def parse_open(body: bytes) -> Open:
+    """Parse struct fuse_open_in.  Raises struct.error if it is too short, as all of these do."""
+    flags, open_flags = _OPEN_IN.unpack_from(body)
+    return Open(flags, bool(open_flags & _OPEN_KILL_SUIDGID))
+
+
+def parse_create(body: bytes) -> Create:
+    """Parse struct fuse_create_in and the name after it."""
+    flags, mode, umask, open_flags = _CREATE_IN.unpack_from(body)
+    name, _, _ = body[_CREATE_IN.size :].partition(b"\0")
+    return Create(flags, mode, umask, bool(open_flags & _OPEN_KILL_SUIDGID), name)
+
+
+def open_out(fh: int, backing_id: int, *, direct_io: bool, keep_cache: bool, nonseekable: bool) -> bytes:
+    """Return struct fuse_open_out.  With a backing id the others do not count: the kernel answers most with EIO."""
+    if backing_id:
+        return _OPEN_OUT.pack(fh, _FOPEN_PASSTHROUGH, backing_id)
+    flags = direct_io * _FOPEN_DIRECT_IO | keep_cache * _FOPEN_KEEP_CACHE | nonseekable * _FOPEN_NONSEEKABLE
+    return _OPEN_OUT.pack(fh, flags, 0)
+
+
+def entry_out(found: Attributes) -> bytes:
+    """Return struct fuse_entry_out."""
+    entry, entry_ns = _seconds(round(found.entry_timeout * _SECOND))
+    attr, attr_ns = _seconds(round(found.attr_timeout * _SECOND))
+    atime, atime_ns = _seconds(found.atime_ns)
+    mtime, mtime_ns = _seconds(found.mtime_ns)
+    ctime, ctime_ns = _seconds(found.ctime_ns)
+    return _ENTRY_OUT.pack(
+        found.node, found.generation, entry, attr, entry_ns, attr_ns,
+        found.node, found.size, found.blocks, atime, mtime, ctime, atime_ns, mtime_ns, ctime_ns,
+        found.mode, found.nlink, found.uid, found.gid, found.rdev, found.blksize, 0,
+    )  # fmt: skip
+
+
+def _seconds(nanoseconds: int) -> tuple[int, int]:
+    seconds, rest = divmod(nanoseconds, _SECOND)
+    return seconds & 0xFFFFFFFFFFFFFFFF, rest  # the kernel takes it as signed
+
+
 def parse_fallocate(body: bytes) -> Fallocate:
-    """Parse struct fuse_fallocate_in.  Raises struct.error if it is too short, as all of these do."""
+    """Parse struct fuse_fallocate_in."""
     fh, offset, length, mode, _ = _FALLOCATE_IN.unpack_from(body)
     return Fallocate(fh, offset, length, mode)
 

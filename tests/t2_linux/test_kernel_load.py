@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -79,23 +77,16 @@ def test_another_library_is_in_the_way(tmp_path: Path) -> None:
     assert "another library" in run(program, LD_PRELOAD=str(library))
 
 
-def test_libfuse_is_too_old(tmp_path: Path) -> None:
-    """A libfuse that has what pyfuse3 needs, but no custom I/O."""
-    spec = importlib.util.find_spec("pyfuse3")
-    assert spec is not None and spec.origin is not None
-    undefined = subprocess.run(["nm", "-D", "-u", spec.origin], capture_output=True, text=True, check=True).stdout
-    wanted = set(re.findall(r" (fuse_\w+)@([\w.]+)", undefined))
-    assert len(wanted) > 20
-    source, versions = tmp_path / "fuse.c", tmp_path / "versions"
-    source.write_text("".join(f"void {name}(void) {{}}\n" for name, _ in wanted))
-    versions.write_text("".join(f"{version} {{ global: *; }};\n" for version in {version for _, version in wanted}))
-    for soname in ("libfuse3.so.3", "libfuse3.so.4"):
-        options = ["-shared", "-fPIC", f"-Wl,-soname,{soname}", f"-Wl,--version-script,{versions}"]
-        subprocess.run(["gcc", *options, "-o", tmp_path / soname, source], check=True, timeout=60)
-    program = "from lockfs import kernel; print(kernel.load()); print(kernel.probe())"
-    loaded, probed = run(program, LD_LIBRARY_PATH=str(tmp_path)).splitlines()
-    assert loaded == "libfuse is too old: it has no fuse_session_custom_io"
-    assert probed.startswith("libfuse is too old")
+def test_libraries_that_do_not_fit() -> None:
+    """What is not loaded cannot be bound, and what lacks a function is told by its name."""
+    program = """
+from lockfs.kernel import _shim
+print(_shim.bind("/nonexistent/pyfuse3.so"))
+print(_shim.bind(_shim.__file__))
+"""
+    not_loaded, missing = run(program).splitlines()
+    assert "not loaded" in not_loaded
+    assert missing == "fuse_session_exit"
 
 
 def test_nothing_is_missing_here() -> None:

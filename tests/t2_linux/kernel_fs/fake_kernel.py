@@ -27,7 +27,7 @@ from lockfs.kernel.extra import Requests  # noqa: E402
 
 SO_SNDBUFFORCE = 32
 IN, OUT = struct.Struct("=IIQQIIIHH"), struct.Struct("=IiQ")
-SETATTR, OPEN, WRITE, INIT, OPENDIR, CREATE, INTERRUPT = 4, 14, 16, 26, 27, 35, 36
+LOOKUP, SETATTR, OPEN, WRITE, INIT, OPENDIR, CREATE, INTERRUPT = 1, 4, 14, 16, 26, 27, 35, 36
 FALLOCATE, LSEEK, COPY, COPY_64 = 43, 46, 47, 53
 OLD = 0x3FFFFFFB  # all that a kernel without INIT_EXT may offer
 NEW = OLD | wire.INIT_EXT | wire.PASSTHROUGH
@@ -47,6 +47,7 @@ class Operations(pyfuse3.Operations):
     def __init__(self) -> None:
         self.on: dict[str, Any] = {}
         self.current: list[session.Current] = []
+        self.entry = pyfuse3.EntryAttributes()
 
     async def _do(self, name: str, *args: object) -> Any:
         self.current.append(session.current())
@@ -60,7 +61,10 @@ class Operations(pyfuse3.Operations):
         return await self._do("opendir", inode, ctx)
 
     async def create(self, parent_inode, name, mode, flags, ctx):
-        return await self._do("create", parent_inode, name, mode, flags, ctx), pyfuse3.EntryAttributes()
+        return await self._do("create", parent_inode, name, mode, flags, ctx), self.entry
+
+    async def lookup(self, parent_inode, name, ctx):
+        return self.entry
 
     async def setattr(self, inode, attr, fields, fh, ctx):
         return await self._do("setattr", inode, attr, fields, fh, ctx)
@@ -90,6 +94,7 @@ class Kernel:
         self.operations = Operations()
         self.nursery: trio.Nursery
         self.agreed: session.Negotiated
+        self.answer_to_init: Reply
         self._unique = 0
 
     def post(self, opcode: int, body: bytes = b"", unique: int | None = None, node: int = 5) -> int:
@@ -198,7 +203,7 @@ async def play(name: str) -> None:
             if with_session:
                 k.post_init()
                 k.begin()
-                await k.read()
+                k.answer_to_init = await k.read()
                 await serve_while(k, scenario)
             else:
                 await scenario(k)

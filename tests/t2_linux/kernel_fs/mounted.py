@@ -64,7 +64,8 @@ class MiniMount:
     def end(self) -> None:
         """Unmount, and collect what the daemon has to say."""
         if os.path.ismount(self.path):
-            mount.umount(os.fsencode(self.path), mount.MNT_DETACH)
+            # By force, since a mount namespace that somebody has made meanwhile keeps the mount alive.
+            mount.umount(os.fsencode(self.path), mount.MNT_DETACH | mount.MNT_FORCE)
         if self.daemon is not None:
             try:
                 out, self.errors = self.daemon.communicate(timeout=SECONDS)

@@ -8,7 +8,7 @@ import struct
 
 import pyfuse3
 import pytest
-from fake_kernel import FALLOCATE, NEW, OLD, OPEN, PASSTHROUGH, Kernel, before_session, fallocate_body, serve_while
+from fake_kernel import INIT, LOOKUP, NEW, OLD, OPEN, PASSTHROUGH, SETATTR, Kernel, before_session, serve_while
 
 from lockfs.errors import MountError
 from lockfs.kernel import _shim, session, wire
@@ -42,6 +42,15 @@ async def init_of_an_old_kernel(k: Kernel) -> None:
 
 
 @before_session
+async def init_of_a_very_old_kernel(k: Kernel) -> None:
+    """Before 5.17 its INIT ended with the first 32 flags."""
+    k.post(INIT, struct.pack("=IIII", 7, 31, 1 << 17, OLD & ~wire.INIT_EXT), node=0)
+    agreed = k.begin()
+    assert (await k.read()).error == 0
+    assert (agreed.offered, agreed.passthrough) == (OLD & ~wire.INIT_EXT, False)
+
+
+@before_session
 async def init_without_wishes(k: Kernel) -> None:
     k.post_init()
     agreed = k.begin(session.Settings(flags=0, max_background=0, congestion_threshold=0))
@@ -64,9 +73,30 @@ async def init_of_another_protocol(k: Kernel) -> None:
 
 @before_session
 async def another_request_first(k: Kernel) -> None:
-    k.post(OPEN, bytes(8))
+    k.post(LOOKUP, b"name".ljust(64, b"\0"))
     assert "do not agree" in refused(k)
     assert (await k.read()).error == errno.EIO
+
+
+@before_session
+async def a_shorter_request_first(k: Kernel) -> None:
+    k.post(LOOKUP, b"name\0")
+    assert "is no INIT request" in refused(k)
+
+
+@before_session
+async def the_descriptor_is_itself_again(k: Kernel) -> None:
+    """While libfuse answers INIT its descriptor is another; then it is what it was, flags and all."""
+    before = os.fstat(k.fuse_fd)
+    open_files = len(os.listdir("/proc/self/fd"))
+    for inheritable in (True, False):
+        os.set_inheritable(k.fuse_fd, inheritable)
+        k.post_init(major=6)
+        refused(k)
+        assert os.get_inheritable(k.fuse_fd) is inheritable
+        assert os.path.samestat(os.fstat(k.fuse_fd), before)
+        await k.read()
+    assert len(os.listdir("/proc/self/fd")) == open_files
 
 
 def refused(k: Kernel) -> str:
@@ -95,8 +125,8 @@ async def resume(k: Kernel) -> None:
 
 
 async def numbers_of_requests_sent_again(k: Kernel) -> None:
-    k.operations.on |= {"fallocate": None, "open": pyfuse3.FileInfo(fh=3 | 9 << 32)}
+    k.operations.on |= {"setattr": pyfuse3.EntryAttributes(), "open": pyfuse3.FileInfo(fh=3 | 9 << 32)}
     unique = 1 << 63 | 77
     assert (await k.ask(OPEN, bytes(8), unique)).body[8:] == struct.pack("=Ii", PASSTHROUGH, 9)
-    assert k.operations.current[-1].unique == unique
-    assert (await k.ask(FALLOCATE, fallocate_body(), unique)).error == 0
+    assert (await k.ask(SETATTR, bytes(88), unique)).error == 0
+    assert [each.unique for each in k.operations.current] == [unique, unique]

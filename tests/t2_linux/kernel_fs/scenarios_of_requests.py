@@ -23,9 +23,9 @@ from fake_kernel import (
     INTERRUPT,
     KEEP_CACHE,
     LOG,
+    LOOKUP,
     LSEEK,
     NONSEEKABLE,
-    OLD,
     OPEN,
     OPENDIR,
     PASSTHROUGH,
@@ -48,7 +48,7 @@ async def forever(*_args: object) -> None:
     await trio.sleep_forever()
 
 
-# Replies to OPEN and CREATE --------------------------------------------------------------------------------------------
+# Opening ---------------------------------------------------------------------------------------------------------------
 
 
 @scenario
@@ -65,11 +65,9 @@ async def backing_ids(k: Kernel) -> None:
 
 
 @scenario
-async def what_is_no_backing_id(k: Kernel) -> None:
+async def opens_without_one(k: Kernel) -> None:
     k.operations.on["opendir"] = 5 | 7 << 32
     assert open_out((await k.ask(OPENDIR, bytes(8))).body)[0] == 5 | 7 << 32
-    k.operations.on["open"] = pyfuse3.FileInfo(fh=5 | 0x80000000 << 32)
-    assert open_out((await k.ask(OPEN, bytes(8))).body) == (5 | 0x80000000 << 32, KEEP_CACHE, 0)
 
     async def refuse(*_args: object) -> None:
         raise pyfuse3.FUSEError(errno.EBUSY)
@@ -77,25 +75,48 @@ async def what_is_no_backing_id(k: Kernel) -> None:
     k.operations.on["open"] = refuse
     unique = k.post(OPEN, bytes(8))
     assert (await k.read()) == Reply(unique, errno.EBUSY, b"")
-    # The number of a request that was answered means nothing any more.
-    k.operations.on["opendir"] = 6 | 7 << 32
-    assert open_out((await k.ask(OPENDIR, bytes(8), unique)).body)[0] == 6 | 7 << 32
     for bad in (-1, 1 << 32):
         with pytest.raises(OverflowError):
             session.mint(bad, 1)
 
 
-@before_session
-async def backing_ids_without_passthrough(k: Kernel) -> None:
-    k.post_init(OLD)
-    k.begin()
-    await k.read()
-    await serve_while(k, plain_open)
+@scenario
+async def what_a_new_file_is_like(k: Kernel) -> None:
+    """Our answer to CREATE tells of a file what libfuse's to LOOKUP does."""
+    entry = k.operations.entry
+    for name in ("size", "blocks", "nlink", "uid", "gid", "blksize"):
+        setattr(entry, f"st_{name}", random.getrandbits(31))
+    entry.st_ino, entry.generation = random.getrandbits(64), random.getrandbits(64)
+    entry.st_mode = 0o100640
+    entry.entry_timeout, entry.attr_timeout = 1.25, 0.0
+    k.operations.on["create"] = pyfuse3.FileInfo(fh=1)
+    for times in ((1_700_000_000_123_456_789, 0, 1), (-1, -1_000_000_001, 2**33 * 10**9)):
+        entry.st_atime_ns, entry.st_mtime_ns, entry.st_ctime_ns = times
+        looked_up = (await k.ask(LOOKUP, b"name\0")).body
+        created = (await k.ask(CREATE, bytes(16) + b"name\0")).body
+        assert len(looked_up) == 128 and looked_up == created[:-16]
 
 
-async def plain_open(k: Kernel) -> None:
-    k.operations.on["open"] = pyfuse3.FileInfo(fh=3 | 9 << 32)
-    assert open_out((await k.ask(OPEN, bytes(8))).body) == (3, KEEP_CACHE, 0)
+@scenario
+async def what_an_open_asks(k: Kernel) -> None:
+    seen: list[tuple[object, ...]] = []
+
+    async def see(*args: object) -> pyfuse3.FileInfo:
+        seen.append(args)
+        await trio.lowlevel.checkpoint()
+        assert session.current().opcode in (OPEN, CREATE)  # also after an await
+        return pyfuse3.FileInfo(fh=1)
+
+    k.operations.on |= {"open": see, "create": see}
+    await k.ask(OPEN, struct.pack("=II", os.O_RDWR, 0))
+    assert seen[-1][:2] == (5, os.O_RDWR)
+    await k.ask(CREATE, struct.pack("=IIII", os.O_WRONLY, 0o100644, 0o022, 0) + b"n\xc3\0")
+    assert seen[-1][:4] == (5, b"n\xc3", 0o100644, os.O_WRONLY)
+    contexts: list[Any] = [seen[0][2], seen[1][4]]
+    assert [(ctx.uid, ctx.gid, ctx.pid, ctx.umask) for ctx in contexts] == [
+        (1000, 1001, 1002, 0),
+        (1000, 1001, 1002, 0o022),
+    ]
 
 
 # The missing requests --------------------------------------------------------------------------------------------------
@@ -138,10 +159,12 @@ async def handlers_that_fail(k: Kernel) -> None:
     assert (await k.ask(FALLOCATE, fallocate_body())).error == errno.EIO
     k.operations.on["copy_file_range"] = 8
     assert (await k.ask(COPY, struct.pack("=QQQQQQQ", 1, 2, 99, 3, 4, 7, 0))).error == errno.EIO
+    k.operations.on["open"] = "no FileInfo"
+    assert (await k.ask(OPEN, bytes(8))).error == errno.EIO
     for short in range(0, 32, 3):
         assert (await k.ask(FALLOCATE, bytes(short))).error == errno.EIO
     logged = [record.getMessage() for record in LOG.records]
-    assert len(logged) == 13 and all("FUSE opcode" in line for line in logged), logged
+    assert len(logged) == 14 and all("FUSE opcode" in line for line in logged), logged
 
 
 @before_session
@@ -191,7 +214,7 @@ async def missing_handlers(k: Kernel) -> None:
     k.post_init()
     k.begin()
     await k.read()
-    assert k.requests.opcodes == 0
+    assert k.requests.opcodes == 1 << OPEN | 1 << CREATE  # pyfuse3's own, which refuse
     await serve_while(k, all_unknown)
 
 
@@ -267,8 +290,8 @@ async def replies_that_must_not_be(k: Kernel) -> None:
             _shim.reply(unique, error, b"")
         return failure.value.errno
 
-    k.operations.on |= {"fallocate": forever, "open": forever}
-    mine, theirs = k.post(FALLOCATE, fallocate_body()), k.post(OPEN, bytes(8))
+    k.operations.on |= {"fallocate": forever, "setattr": forever}
+    mine, theirs = k.post(FALLOCATE, fallocate_body()), k.post(SETATTR, bytes(88))
     await k.settle()
     assert reply(12345) == errno.ESRCH
     assert reply(theirs) == errno.ESRCH
@@ -325,6 +348,21 @@ async def suid_must_go(k: Kernel) -> None:
     for valid in (0, 1 << 6, 1 << 6 | 1 << 9):
         await k.ask(SETATTR, struct.pack("=I", valid) + bytes(84))
         assert k.operations.current[-1].kill_suidgid
+
+
+@scenario
+async def the_largest_write(k: Kernel) -> None:
+    (max_write,) = struct.unpack_from("=I", k.answer_to_init.body, 20)
+    assert max_write >= 1 << 17
+    data = os.urandom(max_write)
+
+    async def see(fh: int, offset: int, got: bytes) -> int:
+        assert (fh, offset, got) == (1, 7, data)
+        return len(got)
+
+    k.operations.on["write"] = see
+    write_in = struct.pack("=QQIIQII", 1, 7, max_write, 0, 0, 0, 0)
+    assert (await k.ask(WRITE, write_in + data)).body == struct.pack("=II", max_write, 0)
 
 
 @scenario
