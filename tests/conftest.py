@@ -6,6 +6,7 @@ A test fails if it leaves a mount, a process, a descriptor or an undeclared warn
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
@@ -15,6 +16,12 @@ from harness.host import Host, Mount, close_all
 from harness.leaks import Watch
 
 HOSTS = pytest.StashKey[list[Host]]()
+
+
+def pytest_configure() -> None:
+    """Let programs under test be interrupted, also where a shell started the tests in the background without job control."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
