@@ -385,7 +385,7 @@ def test_processes_that_come_and_go(mini: MiniMount, puppet: Puppet) -> None:
         while churn.poll() is None:
             assert seen(mini) == {(puppet.pid, "fd", True)}
             scans += 1
-        assert scans > 3
+        assert scans > 0
     finally:
         churn.kill()
         churn.wait(20)
