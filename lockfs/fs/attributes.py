@@ -131,11 +131,11 @@ class AttributeOperations(WriteRights):
             if not st.S_ISREG(status.st_mode):
                 return
             try:
-                present = await self.work.short(ctx, lambda: os.getxattr(proc_path(fd), name))
-            except OSError:
-                # Absent, or not readable, as file capabilities that are not valid: in both cases this changes it.
-                present = None
-        if present != value:
+                changes = await self.work.short(ctx, lambda: os.getxattr(proc_path(fd), name)) != value
+            except OSError as error:
+                # What is there but cannot be read, as file capabilities that are not valid, changes in any case.
+                changes = error.errno != pyfuse3.ENOATTR or value is not None
+        if changes:
             await self.guard.check_elsewhere(node, ctx)
 
     @replies
