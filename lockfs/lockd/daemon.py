@@ -55,6 +55,7 @@ class Daemon:
         self._accepted = 0
         self._idle = trio.Event()
         self._closer = Closer("lockd")
+        self._listener: trio.socket.SocketType | None = None
 
     async def run(self, ready: Callable[[], None]) -> None:
         """Serve until a signal says stop, or nobody needs it; call *ready* once it serves.
@@ -62,7 +63,6 @@ class Daemon:
         Raises `SystemError_` if it cannot begin.
         """
         await self._become_the_one()
-        listener = self._listen()
         log.info("lockd of host %s serves in %s", self._host, self._run_dir)
         async with trio.open_nursery() as background:
             events = Events()
@@ -72,7 +72,9 @@ class Daemon:
             service = Service(table, shares, fencer, events, self._run_dir)
             async with trio.open_nursery() as nursery:
                 stop = nursery.cancel_scope.cancel
-                await nursery.start(self._heed_signals, listener, shares, stop)
+                # Before the socket is there: who can reach lockd can also stop it in an orderly way.
+                await nursery.start(self._heed_signals, shares, stop)
+                listener = self._listener = self._listen()
                 nursery.start_soon(self._accept, listener, service)
                 if self._idle_exit is not None:
                     nursery.start_soon(self._leave_when_idle, listener, self._idle_exit, stop)
@@ -151,7 +153,6 @@ class Daemon:
 
     async def _heed_signals(
         self,
-        listener: trio.socket.SocketType,
         shares: Shares,
         stop: Callable[[], None],
         task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
@@ -166,7 +167,8 @@ class Daemon:
                     await trio.sleep(0.01)
             if shares.mounts:
                 log.warning("lockd stops while %d mounts need it; they keep the locks they have", len(shares.mounts))
-            self._unlisten(listener)
+            if self._listener is not None:
+                self._unlisten(self._listener)
             killer = threading.Timer(STOP_TIMEOUT, _end_at_once)
             killer.daemon = True
             killer.start()
