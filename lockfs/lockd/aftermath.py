@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 
 import trio
 
@@ -24,6 +25,8 @@ from lockfs.lockd.table import Table
 
 FIRST_PAUSE, LAST_PAUSE = 0.1, 1.0
 """Seconds between two looks at all processes, unless a file is closed."""
+LOOK_TIMEOUT = 10.0
+"""Seconds for an answer to a question that needs nobody but the kernel and this process."""
 PRUNED_AT_ONCE = 256
 
 log = logging.getLogger(__name__)
@@ -106,8 +109,9 @@ class Aftermath:
                 log.info("the kernel cannot be asked to forget files: %s", error.strerror)
         if not self._can_prune:
             return set()
-        known = await self._attachment.requests.for_each(
-            10.0, lambda node: fuseinode.is_known(self._attachment.root.number, node), numbers
+        known: dict[int, bool] = {}
+        await self._attachment.requests.for_each(
+            LOOK_TIMEOUT, partial(fuseinode.is_known, self._attachment.root.number), numbers, known
         )
         return {node for node in numbers if known.get(node, True)}
 

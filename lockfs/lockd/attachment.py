@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import trio
@@ -52,8 +53,12 @@ class Attachment:
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Keep all open within the context, whatever becomes of the mount."""
-        with self.root.in_use(), self.fuse.in_use(), self.process.in_use():
+        """Keep all open within the context, whatever becomes of the mount; but for a connection that ends with its
+        daemon: who waits for an answer from it must not wait for us.
+        """
+        with ExitStack() as kept:
+            for each in (self.root, self.process, *([self.fuse] if self.data == "passthrough" else [])):
+                kept.enter_context(each.in_use())
             yield
 
     def close(self) -> None:
@@ -69,6 +74,8 @@ class Attachment:
         except ProcessLookupError:
             pass
 
-    async def wait_for_daemon_to_die(self) -> None:
-        """Return when the mount daemon has ended, with all its threads."""
-        await trio.lowlevel.wait_readable(self.process.number)
+    def daemon_has_died(self) -> bool:
+        """Say whether the mount daemon has ended, with all its threads."""
+        poll = select.poll()
+        poll.register(self.process.number, select.POLLIN)
+        return bool(poll.poll(0))

@@ -35,6 +35,8 @@ PATIENCE = 0.25
 """Seconds in which a mount daemon must have taken note of a fence, and in which each answer of it must come."""
 DEATH_PATIENCE = 0.2
 """Seconds for a mount daemon that was killed to be gone; one that is stuck in the storage is not."""
+DEATH_POLL = 0.002
+"""Seconds between two looks."""
 GATHER = 0.005
 """Seconds after a loss in which others are awaited, to look through all processes only once."""
 
@@ -126,24 +128,30 @@ class Fencer:
         if all(target.stopped for target in targets):
             return
         if not mounted.gone:
-            await self._kill_daemon(mounted, attachment, targets)
+            self._kill_daemon(mounted, attachment, targets)
+        died = await _has_died(attachment)
         if attachment.data == "passthrough":
             mounted.keep(attachment, self._nursery)
             await self._trigger(attachment, targets)
-        elif mounted.gone or await _has_died(attachment):
-            # Without a daemon no data gets anywhere.
-            for target in targets:
-                target.stopped = True
+            return
+        # Data gets nowhere without a daemon, and one that was killed does nothing more, even if it cannot end yet since
+        # it is stuck in the storage; but what it is stuck in may still be done, and its callers need an answer.
+        if not died:
+            mounted.keep(attachment, self._nursery)
+        for target in targets:
+            target.stopped, target.drained, target.undrainable = True, died, True
 
     async def _trigger(self, attachment: Attachment, targets: list[Target]) -> None:
         """Make the kernel ask for the attributes of all nodes that are not known to be bad."""
-        nodes = sorted({node for target in targets if not target.stopped for node in target.nodes})
+        targets = [target for target in targets if not target.stopped]
+        nodes = sorted({node for target in targets for node in target.nodes})
         root = attachment.root.number
-        bad = await attachment.requests.for_each(PATIENCE, partial(fuseinode.fence, root), nodes, [attachment.root])
+        bad: dict[int, bool] = {}
+        await attachment.requests.for_each(PATIENCE, partial(fuseinode.fence, root), nodes, bad, [attachment.root])
         for target in targets:
             target.stopped = bool(target.nodes) and all(bad.get(node, False) for node in target.nodes)
 
-    async def _kill_daemon(self, mounted: Mounted, attachment: Attachment, targets: list[Target]) -> None:
+    def _kill_daemon(self, mounted: Mounted, attachment: Attachment, targets: list[Target]) -> None:
         log.error(
             "the daemon of %s (process %d) does not fence %s: it is killed, lest somebody write without a lock",
             mounted.mount.mountpoint, mounted.pid, ", ".join(target.path for target in targets if not target.stopped),
@@ -151,14 +159,15 @@ class Fencer:
         attachment.kill_daemon()
         for target in targets:
             target.daemon_killed = True
-        await _has_died(attachment)
 
 
 async def _has_died(attachment: Attachment) -> bool:
-    with trio.move_on_after(DEATH_PATIENCE):
-        await attachment.wait_for_daemon_to_die()
-        return True
-    return False
+    until = trio.current_time() + DEATH_PATIENCE
+    while True:
+        died = attachment.daemon_has_died()
+        if died or trio.current_time() > until:
+            return died
+        await trio.sleep(DEATH_POLL)
 
 
 def _mounts_of(lock: Lock) -> Iterable[Mounted]:

@@ -45,9 +45,10 @@ def answer(request: bytes | memoryview, fenced: Container[int]) -> bytes | None:
     if opcode == _GETATTR and node in fenced:
         body = _ATTR_OUT.pack(0, 0, 0, node, *[0] * 8, stat.S_IFSOCK, 1, *[0] * 5)
         return _OUT_HEADER.pack(_OUT_HEADER.size + len(body), 0, unique) + body
-    # A lookup of "." asks whether we know an inode that the kernel has forgotten.
-    stale = opcode == _LOOKUP and bytes(request[_IN_HEADER.size :]) == b".\0"
-    return _OUT_HEADER.pack(_OUT_HEADER.size, -(errno.ESTALE if stale else errno.ENOTCONN), unique)
+    error = errno.EIO if node in fenced else errno.ENOTCONN
+    if opcode == _LOOKUP and bytes(request[_IN_HEADER.size :]) == b".\0":
+        error = errno.ESTALE  # it asks whether we know an inode that the kernel has forgotten
+    return _OUT_HEADER.pack(_OUT_HEADER.size, -error, unique)
 
 
 class Keeper:

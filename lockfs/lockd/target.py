@@ -13,7 +13,10 @@ from lockfs.protocol.messages import FenceResult, KilledProcess
 
 @dataclass(slots=True, eq=False)
 class Target:
-    """`stopped`: the kernel refuses all I/O on what is open of it; `drained`: what was under way has ended."""
+    """`stopped`: the kernel refuses all I/O on what is open of it; `drained`: what was under way has ended.
+
+    `undrainable`: there is no way to wait for that.
+    """
 
     lock: Lock
     mounted: Mounted
@@ -21,6 +24,7 @@ class Target:
     path: str
     stopped: bool = False
     drained: bool = False
+    undrainable: bool = False
     daemon_killed: bool = False
     killed: dict[int, KilledProcess] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)

@@ -70,13 +70,18 @@ class Threads:
         return call.result()
 
     async def for_each(
-        self, seconds: float, function: Callable[[Item], T], items: Sequence[Item], using: Iterable[Descriptor] = ()
-    ) -> dict[Item, T]:
-        """Call *function* for each item.  Return what it returned, without those for which it raised OSError.
+        self,
+        seconds: float,
+        function: Callable[[Item], T],
+        items: Sequence[Item],
+        results: dict[Item, T],
+        using: Iterable[Descriptor] = (),
+    ) -> None:
+        """Call *function* for each item, and put into *results* what it returns, unless it raises OSError.
 
         Give up when none has come back for so many seconds; those that are missing then may be done all the same.
         """
-        todo, results = deque(items), dict[Item, T]()
+        todo, finished = deque(items), list[Item]()
 
         def work() -> None:
             while todo:
@@ -87,20 +92,20 @@ class Threads:
                 try:
                     results[item] = function(item)
                 except OSError as error:
-                    log.warning("%s of %s failed: %s", getattr(function, "__name__", function), item, error)
+                    log.warning("a look at %s failed: %s", item, error)
+                finished.append(item)
 
         using = list(using)
         calls = [self.start(work, using) for _ in range(min(self._count, len(todo)))]
-        before = len(todo) + 1
-        while not all(call.done.is_set() for call in calls) and len(todo) - len(results) < before:
-            before = len(todo) - len(results)
+        before = -1
+        while not all(call.done.is_set() for call in calls) and len(finished) > before:
+            before = len(finished)
             with trio.move_on_after(seconds):
                 for call in calls:
                     await call.done.wait()
         todo.clear()
         for call in calls:
             call.scope.cancel()
-        return dict(results)
 
     async def _do(self, call: Call[T], kept: ExitStack, function: Callable[[], T]) -> None:
         with kept:
