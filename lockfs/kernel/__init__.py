@@ -11,6 +11,9 @@ puts it there, and has to be called before anything imports pyfuse3; then
 Without it, or with ``LOCKFS_KERNEL=off`` in the environment, pyfuse3 works as ever, and all data flows through the
 daemon.
 
+Even with passthrough some calls on data wait for the daemon: the first write to an inode since the kernel knows it,
+which asks for ``security.capability``, and close(2), also that of exec, until one FLUSH was answered with ENOSYS.
+
 Limits of passthrough that nothing here can lift: setting O_DIRECT by F_SETFL has no effect on the storage, and a
 write by an O_DIRECT descriptor whose end is not aligned fails with EINVAL even after the flag was cleared; the kernel
 itself refuses INSERT_RANGE, COLLAPSE_RANGE and UNSHARE_RANGE.
