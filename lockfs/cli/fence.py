@@ -59,7 +59,12 @@ def _resolve(path: bytes, stops: Container[bytes]) -> tuple[bytes, list[bytes]]:
     """Follow symbolic links until one of *stops* is reached; return where that is, and what is left."""
     place, rest = b"/", [part for part in path.split(b"/") if part]
     links = 0
-    while rest and place not in stops:
+    while rest:
+        if place in stops:
+            if b".." not in rest:
+                break
+            # The target of a link that leads in and out again.  What lies there is not looked at, so by its names.
+            place, rest = b"/", [part for part in os.path.normpath(os.path.join(place, *rest)).split(b"/") if part]
         part, *rest = rest
         if part in (b".", b".."):
             place = os.path.dirname(place) if part == b".." else place

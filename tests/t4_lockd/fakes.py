@@ -137,13 +137,14 @@ class Lab:
         *,
         wait: float = 0.0,
         mounted: Mounted | None = None,
+        node: int = 0,
     ) -> Lock:
         fd = os.open("/dev/null", os.O_RDWR)
         self.fds.append(fd)
         descriptor = Descriptor(fd, self.closer)
         image = Image(fd, DEV, ino, b"img", b"/mnt/img")
         holder = Holder("this-host", mode, 1, owner, path="/mnt/img")
-        return await self.table.acquire(Ask(mounted or self.a, image, descriptor, mode, owner, holder, wait))
+        return await self.table.acquire(Ask(mounted or self.a, image, descriptor, mode, owner, holder, wait, node))
 
     async def release(
         self, owner: str, ino: int = 1, mode: Mode = Mode.EXCLUSIVE, *, mounted: Mounted | None = None
