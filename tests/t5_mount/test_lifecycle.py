@@ -25,8 +25,21 @@ PATIENCE = 10.0
 
 
 def kinds(pid: int) -> Counter[str]:
-    """Count what a process has open, by kind: numbers that differ from socket to socket are left out."""
-    return Counter(what.partition(":")[0] for what in processes.descriptors(pid).values())
+    """Count what a process has open, by kind: numbers that differ from socket to socket are left out.
+
+    Not the O_PATH descriptors with which the mount daemon keeps up with what the kernel knows: the kernel says how long.
+    """
+    found = processes.descriptors(pid)
+    return Counter(what.partition(":")[0] for fd, what in found.items() if not is_path_only(pid, fd))
+
+
+def is_path_only(pid: int, fd: int) -> bool:
+    """Tell whether a descriptor of a process is an O_PATH one."""
+    try:
+        lines = Path(f"/proc/{pid}/fdinfo/{fd}").read_text().splitlines()
+    except FileNotFoundError:
+        return False
+    return bool(int(next(line for line in lines if line.startswith("flags:")).split()[1], 8) & os.O_PATH)
 
 
 def quiet(pid: int) -> Counter[str]:
