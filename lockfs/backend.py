@@ -21,6 +21,7 @@ from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Protocol, cast
 
 from lockfs.errors import LockfsError, LockUnavailable, UsageError
+from lockfs.linux.deadline import Deadline
 from lockfs.text import from_bytes
 
 if TYPE_CHECKING:
@@ -143,6 +144,13 @@ class Backend(Protocol):
 
     excludes: bool
     """False for a backend that grants everything; then lockd refuses nobody on this host either."""
+
+    deadline: Deadline | None
+    """Until when all grants are safe, for locks that expire unless they are renewed; None for others.
+
+    Set before `start` returns, and moved whenever the locks were renewed.  Where data goes through the mount daemon, no
+    write begins later.  What `lost` yields has to come before its `Deadline.lost`.
+    """
 
     async def start(self) -> None:
         """Check that the share can keep the promise, and begin.  Raises `LockfsError` if it cannot."""

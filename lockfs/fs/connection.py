@@ -15,6 +15,7 @@ from lockfs import kernel, text
 from lockfs.errors import MountError, SystemError_
 from lockfs.fs.operations import Operations
 from lockfs.kernel import extra, session, wire
+from lockfs.kernel.gates import Gates
 from lockfs.linux import mount, mountinfo, tree
 
 log = logging.getLogger("lockfs.fs")
@@ -68,6 +69,7 @@ def begin(operations: Operations, fd: int, nursery: trio.Nursery) -> None:
     """
     if (missing := kernel.why_not()) is None:
         operations.negotiated = session.begin(operations, fd, extra.Requests(operations, nursery), SETTINGS)
+        operations.gates = Gates()
         return
     log.info("no sparse files, allocation or copies inside the storage on this mount: %s", missing)
     interrupt_reads()

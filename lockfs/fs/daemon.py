@@ -141,9 +141,9 @@ async def _serve(
     async with _mounted(request, operations, nursery) as fd:
         if request.options.values["data"] != "gated":
             _bypass(request, operations, fd, nursery)
-        nursery.start_soon(
-            session.follow, mountpoint, lambda order: lifetime.obey(order, operations.nodes, operations.guard)
-        )
+        if operations.gates is not None and session.deadline is not None:
+            operations.gates.heed(session.deadline.fd)
+        nursery.start_soon(session.follow, mountpoint, lambda order: lifetime.obey(order, operations))
         nursery.start_soon(_unmount_on_signal, request.mountpoint)
         nursery.start_soon(_announce, request, operations, session, fd, ready)
         await pyfuse3.main(min_tasks=MIN_TASKS, max_tasks=MAX_TASKS)

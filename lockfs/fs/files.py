@@ -1,4 +1,7 @@
-"""Operations on open files: read, write, flush, fsync, release."""
+"""Operations on open files: read, write, flush, fsync, release.
+
+Reads, writes and syncs come here only where the kernel module is missing, or leaves them to us (`lockfs.kernel.gates`).
+"""
 
 from __future__ import annotations
 
@@ -33,10 +36,10 @@ class FileOperations(WriteRights):
         await self.claim(handle)
         if clears_suid:
             await self.work.long(DAEMON, files.chown, handle.fd, -1, -1)
-        written = _write_at_once(handle.fd, off, buf)
+        written = 0 if handle.uncached else _write_at_once(handle.fd, off, buf)
         if written == len(buf):
             return written
-        return await self.work.data(_write_all, handle.fd, off, buf, written)
+        return await self.work.data(_write_all, handle.fd, off, buf, written, handle.uncached)
 
     @replies
     async def flush(self, fh: int) -> None:
@@ -59,12 +62,8 @@ class FileOperations(WriteRights):
 
     async def close_handle(self, handle: FileHandle) -> None:
         """Close an open file and give its image back, as soon as nobody can write to it any more."""
-        if self.work.remote:
-            await self.work.sync(os.close, handle.fd)
-        elif os.fstat(handle.fd).st_nlink == 0:
-            self.work.close(handle.fd)
-        else:
-            os.close(handle.fd)
+        if self.gates is None or self.gates.remove(handle.number):
+            await self._close(handle)
         if handle.counted and self.backing is not None:
             self.backing.close(handle.node.id)
         if handle.hold is None:
@@ -73,6 +72,17 @@ class FileOperations(WriteRights):
             self.mappings.closed(handle.node, handle.hold)
         else:
             await self.guard.release(handle.hold)
+
+    async def _close(self, handle: FileHandle) -> None:
+        fds = [handle.fd] if handle.direct < 0 else [handle.direct, handle.fd]
+        removed = not self.work.remote and os.fstat(handle.fd).st_nlink == 0
+        for fd in fds:
+            if self.work.remote:
+                await self.work.sync(os.close, fd)
+            elif removed:
+                self.work.close(fd)
+            else:
+                os.close(fd)
 
 
 def _read_cached(fd: int, offset: int, size: int) -> bytes | None:
@@ -97,11 +107,12 @@ def _write_at_once(fd: int, offset: int, data: bytes) -> int:
         return 0
 
 
-def _write_all(fd: int, offset: int, data: bytes, written: int) -> int:
+def _write_all(fd: int, offset: int, data: bytes, written: int, uncached: bool) -> int:
     view = memoryview(data)
+    flags = os.RWF_DSYNC if uncached else 0
     while written < len(data):
         try:
-            written += os.pwrite(fd, view[written:], offset + written)
+            written += os.pwritev(fd, [view[written:]], offset + written, flags)
         except OSError:
             if written:
                 return written

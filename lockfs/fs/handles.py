@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import os
 from collections import deque
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import trio
@@ -27,12 +28,16 @@ class FileHandle:
 
     `hold` is the right to write, or to read a pinned image; None where none is needed, and for a manager's handle
     until its first write.  `counted` says that it counts as an open in `lockfs.kernel.backing`, `mappable` that memory
-    mapped from it changes the storage without a word to this daemon.
+    mapped from it changes the storage without a word to this daemon.  One that was opened with O_DIRECT is `uncached`:
+    nothing that is written by it may stay in memory; `direct` is its descriptor that bypasses the cache, -1 for none.
     """
 
     node: Node
     fd: int
     writable: bool
+    uncached: bool = False
+    direct: int = -1
+    number: int = 0
     hold: Hold | None = None
     manager: Owner | None = None
     turn: trio.Lock | None = None
@@ -65,7 +70,7 @@ class Handles:
 
     def add_file(self, handle: FileHandle) -> int:
         """Give an open file its number."""
-        number = self._number()
+        number = handle.number = self._number()
         self._files[number] = handle
         return number
 
@@ -101,6 +106,10 @@ class Handles:
             return self._directories[number]
         except KeyError:
             raise OSError(errno.EBADF, os.strerror(errno.EBADF)) from None
+
+    def numbers(self, nodes: Collection[int]) -> list[int]:
+        """Return the numbers of the open files of these nodes."""
+        return [number for number, handle in self._files.items() if handle.node.id in nodes]
 
     def is_written(self, node: Node) -> bool:
         """Tell whether the file of *node* is open for writing."""

@@ -6,6 +6,7 @@ Whoever is to write gets the image first, and nothing is changed before.
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import stat as st
 from contextlib import AsyncExitStack
@@ -28,11 +29,13 @@ from lockfs.linux import files
 from lockfs.linux.files import proc_path
 from lockfs.protocol.messages import Owner
 
+log = logging.getLogger("lockfs.fs")
+
 _PASSED_ON = os.O_ACCMODE | os.O_TRUNC | os.O_SYNC | os.O_DSYNC | os.O_NOATIME
 """Flags of an open that the daemon's descriptor of the file gets.
 
-Not O_APPEND: the kernel says where each write goes, and a descriptor that appends would not heed it.  Not O_DIRECT: the
-kernel passes such requests on uncached, but their memory is not aligned here.
+Not O_APPEND: the kernel says where each write goes, and a descriptor that appends would not heed it.  Not O_DIRECT: not
+all that is asked for is aligned; what is has a descriptor of its own.
 """
 
 
@@ -109,20 +112,39 @@ class OpenOperations(WriteRights):
 
     async def _new_handle(self, node: Node, fd: int, flags: int, right: _Right, ctx: Caller) -> FileInfo:
         """Give the kernel its handle; on failure nothing is left but *fd* and *right*, which may have got a hold."""
-        backing_id = await self._bypass(node, fd, right, ctx)
+        uncached = bool(flags & os.O_DIRECT)
+        serves = self.gates is not None and self.backing is None
+        direct = await self._open_direct(fd, flags, ctx) if uncached and serves else -1
+        try:
+            backing_id = await self._bypass(node, fd, right, ctx)
+        except BaseException:
+            if direct >= 0:
+                os.close(direct)
+            raise
         handle = FileHandle(
-            node, fd, flags & os.O_ACCMODE != os.O_RDONLY, right.hold, right.manager,
+            node, fd, flags & os.O_ACCMODE != os.O_RDONLY, uncached, direct, hold=right.hold, manager=right.manager,
             counted=self.backing is not None, mappable=bool(backing_id) and flags & os.O_ACCMODE == os.O_RDWR,
         )  # fmt: skip
         if handle.mappable and handle.hold is not None and self.mappings is not None:
             self.mappings.opened(node, handle.hold)
         number = self.handles.add_file(handle)
+        if handle.manager is None:
+            self.open_gate(handle)
         # What is cached of a file may be older than what another host has written since it was last open here.  A
         # manager's handle bypasses the cache, so that each write arrives, and is refused, by itself; nor can it be
         # mapped for writing.
         return FileInfo(
             fh=session.mint(number, backing_id), keep_cache=False, direct_io=handle.manager is not None
         )
+
+    async def _open_direct(self, fd: int, flags: int, ctx: Caller) -> int:
+        """Open a file once more, with O_DIRECT; return -1 if that cannot be."""
+        try:
+            again = flags & _PASSED_ON & ~os.O_TRUNC | os.O_DIRECT | os.O_CLOEXEC | os.O_NONBLOCK
+            return await self.work.short(ctx, os.open, proc_path(fd), again)
+        except OSError as error:
+            log.debug("no O_DIRECT on the storage: %s", error)
+            return -1
 
     async def _bypass(self, node: Node, fd: int, right: _Right, ctx: Caller) -> int:
         """Return the backing id with which the file's data bypasses the daemon; 0 if it does not."""

@@ -41,5 +41,7 @@ class Operations(
                 await self.close_handle(handle)
             else:
                 self.work.close(handle.fd)
+                if handle.direct >= 0:
+                    self.work.close(handle.direct)
         self.nodes.close()
         self.work.finish()

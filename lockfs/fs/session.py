@@ -14,6 +14,7 @@ import trio
 
 from lockfs.backend import Mode
 from lockfs.errors import LockfsError, LockUnavailable
+from lockfs.linux.deadline import Deadline
 from lockfs.protocol import messages
 from lockfs.protocol.client import LockdClient
 from lockfs.protocol.messages import Owner
@@ -24,10 +25,12 @@ log = logging.getLogger("lockfs.lockd-client")
 class LockdSession:
     """One registered mount."""
 
-    def __init__(self, client: LockdClient, mount_id: str, wait: float) -> None:
+    def __init__(self, client: LockdClient, mount_id: str, wait: float, deadline: Deadline | None) -> None:
         self._client = client
         self._mount_id = mount_id
         self._wait = wait
+        self.deadline = deadline
+        """Until when the locks of this mount are safe; None if they do not expire."""
 
     @classmethod
     async def begin(cls, run_dir: str, mount: messages.Mount, source_fd: int, wait: float) -> LockdSession:
@@ -36,12 +39,13 @@ class LockdSession:
         """
         client = await LockdClient.connect(run_dir, start=True)
         try:
-            registered = await client.register(messages.Register(mount), source_fd)
+            registered, fds = await client.register(messages.Register(mount), source_fd)
+            deadline = _deadline(registered, fds)
         except BaseException:
             with trio.CancelScope(shield=True):
                 await client.aclose()
             raise
-        return cls(client, registered.mount_id, wait)
+        return cls(client, registered.mount_id, wait, deadline)
 
     async def acquire(self, image: messages.Image, mode: Mode, owner: Owner, fd: int, node: int) -> list[int]:
         """Take a lock; return descriptors to keep open with it.  Raises `Busy`, `LockUnavailable`."""
@@ -104,3 +108,17 @@ class LockdSession:
     async def end(self) -> None:
         """Leave; lockd then frees what is left of the mount."""
         await self._client.aclose()
+        if self.deadline is not None:
+            self.deadline.close()
+
+
+def _deadline(registered: messages.Registered, fds: list[int]) -> Deadline | None:
+    if registered.deadline_fd is None:
+        return None
+    try:
+        return Deadline.attach(fds.pop(registered.deadline_fd))
+    except (IndexError, OSError, ValueError) as error:
+        raise LockUnavailable(f"lockd does not say until when locks are safe: {error}") from error
+    finally:
+        for each in fds:
+            os.close(each)

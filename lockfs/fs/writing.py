@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 
 import trio
@@ -17,6 +16,7 @@ from lockfs.fs.mappings import Mappings
 from lockfs.fs.nodes import Node
 from lockfs.fs.work import DAEMON, Caller
 from lockfs.kernel.backing import Backing
+from lockfs.kernel.gates import Gates
 from lockfs.linux.files import proc_path
 from lockfs.protocol.messages import Owner
 
@@ -25,9 +25,11 @@ class WriteRights(Base):
     """Helpers of all operations that change bytes.
 
     `backing` has the backing ids of files whose data bypasses the daemon, `mappings` tells when nobody can write to
-    such a file any more; both are None where all data goes through the daemon.
+    such a file any more; both are None where all data goes through the daemon.  `gates` are the open files that the
+    kernel module serves; None without it.
     """
 
+    gates: Gates | None = None
     backing: Backing | None = None
     mappings: Mappings | None = None
 
@@ -48,13 +50,13 @@ class WriteRights(Base):
     async def claim(self, handle: FileHandle) -> None:
         """Make sure that *handle* may write at this moment.
 
-        A manager's handle takes the lock here, at its first write.  Raises `Busy`, `LockUnavailable`; OSError(EIO)
-        if the lock was lost.
+        A manager's handle takes the lock here, at its first write; one whose lock is late waits.  Raises `Busy`,
+        `LockUnavailable`; OSError(EIO) if the lock was lost.
         """
         if handle.manager is not None:
             await self._claim_for_manager(handle)
-        if handle.hold is not None and handle.hold.lost:
-            raise OSError(errno.EIO, "the lock was lost")
+        if handle.hold is not None:
+            await self.guard.until_safe(handle.hold)
 
     async def _claim_for_manager(self, handle: FileHandle) -> None:
         if handle.turn is None:
@@ -63,6 +65,19 @@ class WriteRights(Base):
             if handle.manager is not None:
                 handle.hold = await self.hold_to_write(handle.node, handle.manager, DAEMON)
                 handle.manager = None
+                self.open_gate(handle)
+
+    def open_gate(self, handle: FileHandle) -> None:
+        """Let the kernel module serve the data of an open file."""
+        if self.gates is not None:
+            guarded = handle.writable and handle.hold is not None
+            self.gates.add(handle.number, handle.fd, handle.direct, guarded=guarded)
+
+    def shut_gates(self, nodes: Collection[int]) -> None:
+        """Have handlers refuse what comes for open files of fenced nodes."""
+        if self.gates is not None:
+            for number in self.handles.numbers(nodes):
+                self.gates.shut(number)
 
     @asynccontextmanager
     async def held_to_write(self, node: Node, caller: Caller) -> AsyncIterator[None]:

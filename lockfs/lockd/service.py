@@ -131,9 +131,10 @@ class Service:
             raise ProtocolError("this connection is the life line of another mount already")
         mounted = await self._shares.join(request.mount, fds.peek(request.source_fd), client.pid)
         client.mounted = mounted
-        return Answer(
-            messages.Registered(mounted.mount_id, self._shares.host, mounted.share.backend.excludes),
-        )
+        backend = mounted.share.backend
+        deadline = () if backend.deadline is None else (backend.deadline.fd,)
+        index = 0 if deadline else None
+        return Answer(messages.Registered(mounted.mount_id, self._shares.host, backend.excludes, index), deadline)
 
     def _attach(self, client: Client, request: messages.Attach, fds: Descriptors) -> None:
         mounted = self._shares.get(request.mount_id, client.pid)

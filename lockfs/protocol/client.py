@@ -67,10 +67,10 @@ class LockdClient:
         await self.call(messages.GetStatus(), messages.Status)
         return self
 
-    async def register(self, request: messages.Register, source_fd: int) -> messages.Registered:
+    async def register(self, request: messages.Register, source_fd: int) -> tuple[messages.Registered, list[int]]:
         """Register a mount, on a connection of its own that lasts as long as the mount: the life line.
 
-        Raises `MountError` if lockd refuses the mount.
+        Return the reply and the descriptors that came with it.  Raises `MountError` if lockd refuses the mount.
         """
         wire = await self._open()
         try:
@@ -78,9 +78,8 @@ class LockdClient:
         except BaseException:
             wire.close()
             raise
-        close_all(fds)
         self._life_line = wire
-        return reply
+        return reply, fds
 
     async def call(
         self, request: msgspec.Struct, reply: type[T], fds: Sequence[int] = ()

@@ -136,11 +136,16 @@ class Register(msgspec.Struct, frozen=True):
 
 
 class Registered(msgspec.Struct, frozen=True):
-    """`excludes` is false if the backend grants everything."""
+    """`excludes` is false if the backend grants everything.
+
+    *deadline_fd* is shared memory that says until when locks are safe (`lockfs.linux.deadline`); null if they do not
+    expire.
+    """
 
     mount_id: str
     host: str
     excludes: bool
+    deadline_fd: int | None = None
 
 
 class Acquire(msgspec.Struct, frozen=True):
