@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 import trio
 
 from lockfs.backend import Mode
-from lockfs.fs.base import Base
+from lockfs.fs.base import HELD_SECONDS, Base
 from lockfs.fs.guard import Hold
 from lockfs.fs.handles import FileHandle
 from lockfs.fs.mappings import Mappings
@@ -70,8 +70,10 @@ class WriteRights(Base):
     def open_gate(self, handle: FileHandle) -> None:
         """Let the kernel module serve the data of an open file."""
         if self.gates is not None:
-            guarded = handle.writable and handle.hold is not None
-            self.gates.add(handle.number, handle.fd, handle.direct, guarded=guarded)
+            hold = handle.hold if handle.writable else None
+            # As long as the file is open the image is held, and nobody else can change it.
+            trust = HELD_SECONDS if hold is not None and hold.mode is Mode.EXCLUSIVE else 0
+            self.gates.add(handle.number, handle.fd, handle.direct, guarded=hold is not None, trust=trust)
 
     def shut_gates(self, nodes: Collection[int]) -> None:
         """Have handlers refuse what comes for open files of fenced nodes."""

@@ -39,11 +39,11 @@ def reply(unique: int, error: int, data: bytes, /) -> None:
     writev(2) on the device says.
     """
 
-def add(number: int, fd: int, direct: int, guarded: bool, /) -> None:
-    """Serve reads, writes and syncs of an open file without Python, with descriptors that stay open until `remove`.
+def add(number: int, fd: int, direct: int, guarded: bool, trust: int, /) -> None:
+    """Serve reads, writes, syncs and attributes of an open file without Python.
 
-    *direct* is the file opened with O_DIRECT, for requests that ask for that; or -1.  Writes of a *guarded* file heed
-    the deadline.  Raises OSError: EEXIST, ENOMEM.
+    Its descriptors stay open until `remove`.  *direct* is the file opened with O_DIRECT, for requests that ask for that; or -1.  Writes of a *guarded* file heed
+    the deadline.  The kernel may trust attributes for *trust* seconds.  Raises OSError: EEXIST, ENOMEM.
     """
 
 def shut(number: int, /) -> bool:

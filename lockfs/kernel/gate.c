@@ -1,4 +1,4 @@
-/* Reads, writes and syncs of open files, done without a word to Python.
+/* Reads, writes, syncs and attributes of open files, without a word to Python.
  *
  * Each open file that Python has named here has a gate.  While it is open, its requests are carried out by the thread
  * that read them (readers.c).  Right before each write the gate and the deadline of the lock are looked at.  What comes
@@ -15,6 +15,8 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/sysmacros.h>
 #include <sys/uio.h>
 #include <time.h>
 #include <unistd.h>
@@ -25,6 +27,7 @@
 struct file {
     int fd, direct; /* direct: the same file with O_DIRECT, or -1 */
     bool guarded;      /* writes need a lock that is not late */
+    uint32_t trust;    /* seconds for which attributes may be trusted */
     atomic_bool open;  /* the gate */
     atomic_uint users; /* the table, and each request under way */
 };
@@ -79,12 +82,12 @@ static bool make_room(uint32_t number)
     return true;
 }
 
-int gate_add(uint32_t number, int fd, int direct, bool guarded)
+int gate_add(uint32_t number, int fd, int direct, bool guarded, uint32_t trust)
 {
     struct file *file = calloc(1, sizeof *file);
     if (!file)
         return ENOMEM;
-    *file = (struct file){.fd = fd, .direct = direct, .guarded = guarded};
+    *file = (struct file){.fd = fd, .direct = direct, .guarded = guarded, .trust = trust};
     atomic_init(&file->open, true);
     atomic_init(&file->users, 1);
     pthread_mutex_lock(&table.lock);
@@ -262,6 +265,29 @@ static void sync_file(int device, struct file *file, const struct request *reque
     reply(device, request->in->unique, failed ? -errno : 0, NULL, 0);
 }
 
+/* The device number in the form of the protocol: new_encode_dev() of the kernel. */
+static uint32_t encode(dev_t dev)
+{
+    return (minor(dev) & 0xff) | major(dev) << 8 | (minor(dev) & ~0xffu) << 12;
+}
+
+static void get_attributes(int device, struct file *file, const struct request *request)
+{
+    struct stat s;
+    struct attr_out out = {0};
+    int failed = fstat(file->fd, &s);
+    if (!failed)
+        out = (struct attr_out){
+            .valid = file->trust, .ino = request->in->nodeid, .size = (uint64_t)s.st_size,
+            .blocks = (uint64_t)s.st_blocks, .atime = (uint64_t)s.st_atim.tv_sec, .mtime = (uint64_t)s.st_mtim.tv_sec,
+            .ctime = (uint64_t)s.st_ctim.tv_sec, .atime_nsec = (uint32_t)s.st_atim.tv_nsec,
+            .mtime_nsec = (uint32_t)s.st_mtim.tv_nsec, .ctime_nsec = (uint32_t)s.st_ctim.tv_nsec, .mode = s.st_mode,
+            .nlink = (uint32_t)s.st_nlink, .uid = s.st_uid, .gid = s.st_gid, .rdev = encode(s.st_rdev),
+            .blksize = (uint32_t)s.st_blksize,
+        };
+    reply(device, request->in->unique, failed ? -errno : 0, &out, sizeof out);
+}
+
 /* Whether the request has the form that we know, and this is the moment for it. */
 static bool passes(const struct file *file, const struct request *request, const struct io_in *in)
 {
@@ -276,26 +302,39 @@ static bool passes(const struct file *file, const struct request *request, const
 
 bool gate_is_for_data(const struct request *request)
 {
-    uint32_t opcode = request->in->opcode;
-    return opcode == OP_READ || opcode == OP_WRITE || opcode == OP_FSYNC;
+    switch (request->in->opcode) {
+    case OP_READ:
+    case OP_WRITE:
+    case OP_FSYNC:
+        return true;
+    case OP_GETATTR:
+        return request->length > sizeof *request->in && *(uint32_t *)(request->in + 1) & GETATTR_FH;
+    default:
+        return false;
+    }
 }
 
 bool gate_serve(int device, struct request *request)
 {
-    struct io_in in = {0};
-    bool sync = request->in->opcode == OP_FSYNC;
-    size_t least = sync ? FSYNC_IN_SIZE : sizeof in;
+    union {
+        struct io_in io;
+        struct getattr_in getattr;
+    } in = {0};
+    uint32_t opcode = request->in->opcode;
+    size_t least = opcode == OP_FSYNC ? FSYNC_IN_SIZE : opcode == OP_GETATTR ? sizeof in.getattr : sizeof in.io;
     if (request->length < sizeof *request->in + least)
         return false;
     memcpy(&in, request->in + 1, least);
-    struct file *file = borrow(in.fh);
+    struct file *file = borrow(opcode == OP_GETATTR ? in.getattr.fh : in.io.fh);
     if (!file)
         return false;
-    bool served = passes(file, request, &in);
-    if (served && sync)
-        sync_file(device, file, request, in.offset & FSYNC_DATA_ONLY); /* there, it has flags */
+    bool served = passes(file, request, &in.io);
+    if (served && opcode == OP_GETATTR)
+        get_attributes(device, file, request);
+    else if (served && opcode == OP_FSYNC)
+        sync_file(device, file, request, in.io.offset & FSYNC_DATA_ONLY); /* there, it has flags */
     else if (served)
-        read_or_write(device, file, request, &in);
+        read_or_write(device, file, request, &in.io);
     let_go(file);
     return served;
 }

@@ -1,8 +1,8 @@
 """Open files whose data the extension serves by itself (gate.c), as the mount daemon sees them.
 
-Each has a gate.  While it is open, reads, writes and syncs never come to a handler, and writes of a guarded file stop
-at the deadline of its lock.  While it is shut, or the lock is late, or set-id bits are to be cleared, they come to the
-handlers of Operations as ever, which may then wait, or refuse.
+Each has a gate.  While it is open, reads, writes and syncs, and requests for attributes that name the open file, never
+come to a handler, and writes of a guarded file stop at the deadline of its lock.  While it is shut, or the lock is
+late, or set-id bits are to be cleared, they come to the handlers of Operations as ever, which may wait, or refuse.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from __future__ import annotations
 class Gates:
     """The gates of the session of this process, which must have begun."""
 
-    def add(self, number: int, fd: int, direct: int = -1, *, guarded: bool) -> None:
+    def add(self, number: int, fd: int, direct: int = -1, *, guarded: bool, trust: int = 0) -> None:
         """Open a gate for an open file.
 
         *fd* serves its data, and *direct*, if there is one, what is aligned and asked for with O_DIRECT.  Both must
-        stay open until `remove`.  Raises OSError.
+        stay open until `remove`.  The kernel may trust attributes for *trust* seconds.  Raises OSError.
         """
         from lockfs.kernel import _shim
 
-        _shim.add(number, fd, direct, guarded)
+        _shim.add(number, fd, direct, guarded, trust)
 
     def shut(self, number: int) -> None:
         """Shut a gate for good."""

@@ -104,11 +104,11 @@ static PyObject *errno_or_none(int error)
 static PyObject *module_add(PyObject *self, PyObject *args)
 {
     (void)self;
-    unsigned int number;
+    unsigned int number, trust;
     int fd, direct, guarded;
-    if (!PyArg_ParseTuple(args, "Iiip", &number, &fd, &direct, &guarded))
+    if (!PyArg_ParseTuple(args, "IiipI", &number, &fd, &direct, &guarded, &trust))
         return NULL;
-    return errno_or_none(gate_add(number, fd, direct, guarded));
+    return errno_or_none(gate_add(number, fd, direct, guarded, trust));
 }
 
 static PyObject *module_shut(PyObject *self, PyObject *number)

@@ -11,6 +11,7 @@
 #include <sys/uio.h>
 
 enum opcode {
+    OP_GETATTR = 3,
     OP_SETATTR = 4,
     OP_READ = 15,
     OP_WRITE = 16,
@@ -78,6 +79,21 @@ struct io_in { /* of READ and WRITE; after that of WRITE comes the data */
 
 struct write_out {
     uint32_t size, padding;
+};
+
+struct getattr_in {
+    uint32_t flags, padding;
+    uint64_t fh;
+};
+
+#define GETATTR_FH 1u
+
+struct attr_out {
+    uint64_t valid; /* seconds for which it may be trusted */
+    uint32_t valid_nsec, padding;
+    uint64_t ino, size, blocks, atime, mtime, ctime;
+    uint32_t atime_nsec, mtime_nsec, ctime_nsec;
+    uint32_t mode, nlink, uid, gid, rdev, blksize, flags;
 };
 
 #define FSYNC_IN_SIZE 16 /* fuse_fsync_in: the fh as above, then a word of flags */

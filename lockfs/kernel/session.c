@@ -204,8 +204,8 @@ static int hook_receive_buf(session *se, struct session_buf *buf)
     for (int i = 0; i < MOST_AT_ONCE && !real.exited(se); i++) {
         void *bytes = NULL;
         ssize_t got = readers_take(&bytes);
-        if (got == -ENODEV) {
-            real.exit(se); /* unmounted */
+        if (got == -ENODEV || got == -ECONNABORTED) {
+            real.exit(se); /* unmounted, or cut off */
             return 0;
         }
         if (got <= 0)

@@ -49,7 +49,7 @@ struct request {
 };
 
 /* gate.c: all may be called by any thread */
-int gate_add(uint32_t number, int fd, int direct, bool guarded); /* 0, or an errno */
+int gate_add(uint32_t number, int fd, int direct, bool guarded, uint32_t trust); /* 0, or an errno */
 bool gate_shut(uint32_t number);   /* whether there is such a file */
 bool gate_remove(uint32_t number); /* whether its descriptors are the caller's again: nobody uses them */
 void gate_remove_all(void);

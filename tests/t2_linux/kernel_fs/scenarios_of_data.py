@@ -18,7 +18,7 @@ from fake_kernel import SETATTR, WRITE, Kernel, Reply, scenario
 from lockfs.kernel.gates import Gates
 from lockfs.linux.deadline import Deadline, now
 
-READ, FSYNC = 15, 20
+GETATTR, READ, FSYNC = 3, 15, 20
 IO = struct.Struct("=QQIIQII")
 KILL_SUIDGID = 1 << 2
 gates = Gates()
@@ -67,6 +67,40 @@ async def data(k: Kernel) -> None:
         for flags in (0, 1):
             assert await k.ask(FSYNC, struct.pack("=QII", 7, flags, 0)) == Reply(k._unique, 0, b"")
         assert not k.operations.current, "Python was asked"
+
+
+@scenario
+async def attributes(k: Kernel) -> None:
+    """They say what fstat(2) says; a request that names no open file is pyfuse3's."""
+
+    async def getattr_(_inode: int, _ctx: object) -> pyfuse3.EntryAttributes:
+        return pyfuse3.EntryAttributes()
+
+    k.operations.on["getattr"] = getattr_
+    with tempfile.NamedTemporaryFile(dir="/var/tmp") as file:
+        os.truncate(file.name, 123_456)
+        os.chown(file.name, 12, 34)
+        os.utime(file.name, ns=(1_700_000_000_123_456_789, 1_600_000_000_987_654_321))
+        gates.add(7, file.fileno(), guarded=True, trust=3)
+        reply = await k.ask(GETATTR, struct.pack("=IIQ", 1, 0, 7), node=1234)
+        valid, nsec, _, *found = struct.unpack("=QII6Q10I", reply.body)
+        s = os.fstat(file.fileno())
+        seconds = [each // 10**9 for each in (s.st_atime_ns, s.st_mtime_ns, s.st_ctime_ns)]
+        rest = [each % 10**9 for each in (s.st_atime_ns, s.st_mtime_ns, s.st_ctime_ns)]
+        assert (valid, nsec) == (3, 0)
+        assert found == [
+            1234, s.st_size, s.st_blocks, *seconds, *rest, s.st_mode, s.st_nlink, s.st_uid, s.st_gid, 0, s.st_blksize, 0,
+        ]  # fmt: skip
+        assert not k.operations.current
+        for flags, fh in ((0, 7), (1, 8)):
+            assert (await k.ask(GETATTR, struct.pack("=IIQ", flags, 0, fh))).error == 0
+        assert len(k.operations.current) == 2
+        gates.remove(7)
+    with open("/dev/zero", "rb") as device:
+        gates.add(8, device.fileno(), guarded=False)
+        reply = await k.ask(GETATTR, struct.pack("=IIQ", 1, 0, 8))
+        assert struct.unpack("=QII6Q10I", reply.body)[-3] == 1 << 8 | 5
+        gates.remove(8)
 
 
 @scenario
