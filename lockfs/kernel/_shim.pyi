@@ -42,8 +42,9 @@ def reply(unique: int, error: int, data: bytes, /) -> None:
 def add(number: int, fd: int, direct: int, guarded: bool, trust: int, /) -> None:
     """Serve reads, writes, syncs and attributes of an open file without Python.
 
-    Its descriptors stay open until `remove`.  *direct* is the file opened with O_DIRECT, for requests that ask for that; or -1.  Writes of a *guarded* file heed
-    the deadline.  The kernel may trust attributes for *trust* seconds.  Raises OSError: EEXIST, ENOMEM.
+    Its descriptors stay open until `remove`.  *direct* is the file opened with O_DIRECT, for requests that ask for it;
+    or -1.  Writes of a *guarded* file heed the deadline.  The kernel may trust attributes for *trust* seconds.  Raises
+    OSError: EEXIST, ENOMEM.
     """
 
 def shut(number: int, /) -> bool:
