@@ -21,9 +21,11 @@ import trio
 from lockfs import text
 from lockfs.backend import Backend, Busy, Grant, Holder, Image, Mode
 from lockfs.errors import LockfsError, LockUnavailable
+from lockfs.lockd.claims import Claims
 from lockfs.lockd.descriptor import Descriptor
 from lockfs.lockd.events import Events
 from lockfs.lockd.lock import Key, Lock, Waiter
+from lockfs.lockd.records import Recorder
 from lockfs.lockd.share import Mounted, Share
 from lockfs.lockd.storage import Job
 from lockfs.protocol.errors import HeldError, NotHeld
@@ -57,6 +59,7 @@ class Ask:
     holder: Holder
     wait: float
     node: int = 0
+    message: OwnerMessage | None = None
     first: bool = False
 
 
