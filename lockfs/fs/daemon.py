@@ -142,7 +142,10 @@ async def _serve(
         if request.options.values["data"] != "gated":
             _bypass(request, operations, fd, nursery)
         nursery.start_soon(
-            session.follow, mountpoint, lambda order: lifetime.obey(order, operations.nodes, operations.guard)
+            session.follow,
+            mountpoint,
+            lambda order: lifetime.obey(order, operations.nodes, operations.guard),
+            operations.guard.held,
         )
         nursery.start_soon(_unmount_on_signal, request.mountpoint)
         nursery.start_soon(_announce, request, operations, session, fd, ready)

@@ -30,7 +30,7 @@ some.
 
 @dataclass(slots=True, eq=False)
 class Claim:
-    """A mount of the predecessor.  `orphaned` says that its daemon is dead; `images` are those that it may still hold."""
+    """A mount of the predecessor.  `orphaned` says that its daemon is dead; `images` are those that it may hold."""
 
     mount: MountState
     orphaned: bool = False

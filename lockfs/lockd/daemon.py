@@ -24,11 +24,17 @@ import trio
 
 from lockfs.errors import SystemError_
 from lockfs.linux.closer import Closer
+from lockfs.lockd import statefile
+from lockfs.lockd.adoption import Adoption
+from lockfs.lockd.claims import Claims
 from lockfs.lockd.connection import Connection
 from lockfs.lockd.events import Events
 from lockfs.lockd.fence import Fencer
+from lockfs.lockd.recorder import Recorder
 from lockfs.lockd.service import Service
 from lockfs.lockd.shares import Shares
+from lockfs.lockd.statefile import StateFile
+from lockfs.lockd.succession import Succession
 from lockfs.lockd.table import Table
 from lockfs.protocol import start
 
@@ -63,13 +69,19 @@ class Daemon:
         Raises `SystemError_` if it cannot begin.
         """
         await self._become_the_one()
+        state = statefile.read(self._run_dir)
         log.info("lockd of host %s serves in %s", self._host, self._run_dir)
         async with trio.open_nursery() as background:
             events = Events()
-            table = Table(events)
+            file = StateFile(self._run_dir, self._host, state)
+            recorder = Recorder(file)
+            claims = Claims(state, self._host)
+            table = Table(events, recorder, claims)
             fencer = Fencer(background, table, events)
-            shares = Shares(background, table, fencer, events, self._host, self._run_dir)
-            service = Service(table, shares, fencer, events, self._run_dir)
+            succession = Succession(claims, Adoption(table, claims, fencer, recorder, self._host), recorder)
+            shares = Shares(background, table, fencer, events, recorder, succession, self._host, self._run_dir)
+            service = Service(table, shares, fencer, succession, events, self._run_dir)
+            succession.begin(background, shares.mounts.__contains__, shares.serves)
             async with trio.open_nursery() as nursery:
                 stop = nursery.cancel_scope.cancel
                 # Before the socket is there: who can reach lockd can also stop it in an orderly way.
@@ -77,9 +89,10 @@ class Daemon:
                 listener = self._listener = self._listen()
                 nursery.start_soon(self._accept, listener, service)
                 if self._idle_exit is not None:
-                    nursery.start_soon(self._leave_when_idle, listener, self._idle_exit, stop)
+                    nursery.start_soon(self._leave_when_idle, listener, claims, self._idle_exit, stop)
                 ready()
             background.cancel_scope.cancel()
+        file.close()
 
     # The socket -------------------------------------------------------------------------------
 
@@ -175,7 +188,7 @@ class Daemon:
             stop()
 
     async def _leave_when_idle(
-        self, listener: trio.socket.SocketType, seconds: float, stop: Callable[[], None]
+        self, listener: trio.socket.SocketType, claims: Claims, seconds: float, stop: Callable[[], None]
     ) -> None:
         while True:
             while self._connections:
@@ -184,6 +197,8 @@ class Daemon:
             # A connection that comes and goes meanwhile starts the time anew.
             seen = self._accepted
             await trio.sleep(seconds)
+            if claims:
+                continue  # mounts of the last lockd may come back, or have left writers behind
             if self._accepted == seen and not self._connections and self._try_to_leave(listener):
                 log.info("nobody has needed lockd for %g s: it ends", seconds)
                 stop()

@@ -52,9 +52,9 @@ class Lock:
     """See the module.
 
     `users` counts the calls that have to do with it, `overdue` storage calls that have not come back in
-    time. `lost` means that the grant is no longer safe, `backed` that the backend knows of it.  `forget` is called when it may be idle.  `fd`,
-    `mount` and `since` tell of the grant: the descriptor that it is on, the mount for which it was taken,
-    and when.
+    time. `lost` means that the grant is no longer safe, `backed` that the backend knows of it.  `forget` is
+    called when it may be idle.  `fd`, `mount` and `since` tell of the grant: the descriptor that it is on,
+    the mount for which it was taken, and when.
     """
 
     key: Key

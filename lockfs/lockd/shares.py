@@ -24,8 +24,10 @@ from lockfs.lockd.descriptor import Descriptor
 from lockfs.lockd.events import Events
 from lockfs.lockd.fence import Fencer
 from lockfs.lockd.lock import Lock
+from lockfs.lockd.recorder import Recorder
 from lockfs.lockd.share import Mounted, Share
 from lockfs.lockd.storage import STORAGE_TIMEOUT, Job, Storage
+from lockfs.lockd.succession import Succession
 from lockfs.lockd.table import Table
 from lockfs.protocol import messages
 from lockfs.protocol.errors import UnknownMount
@@ -44,7 +46,15 @@ class Shares:
     """
 
     def __init__(
-        self, nursery: trio.Nursery, table: Table, fencer: Fencer, events: Events, host: str, run_dir: str
+        self,
+        nursery: trio.Nursery,
+        table: Table,
+        fencer: Fencer,
+        events: Events,
+        recorder: Recorder,
+        succession: Succession,
+        host: str,
+        run_dir: str,
     ) -> None:
         self.mounts: dict[str, Mounted] = {}
         self.leaving = 0
@@ -53,6 +63,8 @@ class Shares:
         self._table = table
         self._fencer = fencer
         self._events = events
+        self._recorder = recorder
+        self._succession = succession
         self._run_dir = run_dir
         self._shares: dict[tuple[int, int], Share] = {}
         self._gates: dict[tuple[int, int], trio.Lock] = {}
@@ -64,10 +76,15 @@ class Shares:
             raise UnknownMount(mount_id)
         return mounted
 
-    async def join(self, mount: messages.Mount, source_fd: int, pid: int) -> Mounted:
+    def serves(self, dev: int) -> bool:
+        """Say whether a mount that is attached has this device number."""
+        return any(each.attachment is not None and each.attachment.dev == dev for each in self.mounts.values())
+
+    async def join(self, mount: messages.Mount, source_fd: int, pid: int, mount_id: str = "") -> Mounted:
         """Register a mount; the descriptor stays the caller's.
 
-        Raises `MountError` if the share cannot be mounted so.
+        With *mount_id* it is one that the last lockd has known already.  Raises `MountError` if the share cannot be
+        mounted so.
         """
         try:
             with trio.fail_after(STORAGE_TIMEOUT):
@@ -83,8 +100,7 @@ class Shares:
                 if share is None:
                     share = await self._open(mount, source_fd, identity, spec, values)
                 _check_same(share, mount, values)
-                mounted = Mounted(secrets.token_hex(8), mount, pid, share)
-                self.mounts[mounted.mount_id] = share.mounts[mounted.mount_id] = mounted
+                mounted = self._admit(mount, share, pid, mount_id)
         except trio.TooSlowError:
             raise MountError(f"the storage of {mount.source} does not answer") from None
         except MountError:
@@ -92,8 +108,17 @@ class Shares:
         except (LockfsError, OSError) as error:
             message = error.message if isinstance(error, LockfsError) else str(error)
             raise MountError(message, hint=getattr(error, "hint", "")) from error
-        log.info("mounted: %s on %s, backend %s, process %d", mount.source, mount.mountpoint, mount.backend, pid)
-        self._tell("mounted", mounted)
+        what = "back" if mount_id else "mounted"
+        log.info("%s: %s on %s, backend %s, process %d", what, mount.source, mount.mountpoint, mount.backend, pid)
+        self._tell(what, mounted)
+        return mounted
+
+    def _admit(self, mount: messages.Mount, share: Share, pid: int, mount_id: str) -> Mounted:
+        if mount_id in self.mounts:
+            raise MountError(f"{mount.mountpoint} is registered already, by process {self.mounts[mount_id].pid}")
+        mounted = Mounted(mount_id or secrets.token_hex(8), mount, pid, share)
+        self._succession.register(mounted)
+        self.mounts[mounted.mount_id] = share.mounts[mounted.mount_id] = mounted
         return mounted
 
     async def _open(
@@ -130,6 +155,7 @@ class Shares:
         """
         if mounted.attachment is not None or mounted.detached:
             raise ProtocolError("the mount is attached already")
+        self._recorder.attached(mounted, call.dev, call.data)
         mounted.attachment = Attachment.of(call.dev, call.data, root_fd, fuse_fd, mounted.pid, self._nursery)
 
     def detach(self, mounted: Mounted) -> bool:
@@ -144,6 +170,7 @@ class Shares:
         self.leaving += 1
         mounted.gone = True
         try:
+            await self._succession.died(mounted)
             attachment = mounted.attachment
             if attachment is not None and attachment.data == "passthrough" and self._table.held_by(mounted):
                 log.warning("the daemon of %s is dead; what is open there stays locked", mounted.mount.mountpoint)
@@ -163,6 +190,7 @@ class Shares:
         log.info("unmounted: %s; it leaves %d locks to release", mounted.mount.mountpoint, len(locks))
         self._tell("unmounted", mounted)
         await self._settle(locks)
+        await self._succession.gone(mounted)
         async with self._gates[share.dev, share.ino]:
             if self._is_unused(share):
                 await self._close(share)

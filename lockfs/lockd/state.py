@@ -188,7 +188,7 @@ def _apply(mounted: MountState, record: AttachedAs | HoldIs | HoldLeft) -> None:
 
 
 _encoder = msgspec.json.Encoder()
-_decoder = msgspec.json.Decoder(Record)
+_decoder: msgspec.json.Decoder[Record] = msgspec.json.Decoder(Record)
 
 
 def encode(record: Record) -> bytes:

@@ -54,7 +54,7 @@ def boot() -> str:
 
 
 class StateFile:
-    """The state, in memory and in the file.  *begun* is what the predecessor left, which is kept until it is settled."""
+    """The state, in memory and in the file.  *begun* is what the predecessor left; it stays until that is settled."""
 
     def __init__(self, run_dir: str, host: str, begun: State) -> None:
         self._path = os.path.join(run_dir, NAME)
