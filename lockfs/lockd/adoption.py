@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 
+import msgspec
 import trio
 
 from lockfs import text
@@ -35,6 +36,7 @@ from lockfs.steps import step
 AGAIN = 1.0
 """Seconds before a backend is asked again whose storage has not answered."""
 
+Before = Mapping[tuple[str, messages.ModeName], HeldBy]
 log = logging.getLogger(__name__)
 
 
@@ -84,6 +86,7 @@ class Adoption:
             raise ProtocolError("an image was handed over that nobody holds")
         claim = self._claims.get(mounted.mount_id)
         known = claim.images.get(identity) if claim is not None else None
+        before = dict(known.holds) if known is not None else {}
         descriptor = Descriptor(fd, mounted.share.storage.closer) if fd >= 0 else None
         image = Image(
             fd, *identity, text.to_bytes(held.image.relative), text.to_bytes(held.image.path)
@@ -97,8 +100,8 @@ class Adoption:
         async def work(_: Job[None]) -> None:
             try:
                 async with lock.transition:
-                    await self._adopt(lock, mounted, image, mode, descriptor, keep, held)
-                    self._put(lock, mounted, image, held, known.holds.values() if known is not None else ())
+                    await self._adopt(lock, mounted, image, mode, descriptor, keep, held, before)
+                    self._put(lock, mounted, image, held, before)
             finally:
                 lock.users -= 1
                 mounted.adopting.discard(identity)
@@ -116,7 +119,7 @@ class Adoption:
 
     async def _adopt(
         self, lock: Lock, mounted: Mounted, image: Image, mode: Mode, fd: Descriptor | None, keep: list[int],
-        held: HeldImage,
+        held: HeldImage, before: Before,
     ) -> None:  # fmt: skip
         """Have the backend take up the lock, unless it has done so for another mount.  The caller has `transition`."""
         closer = lock.share.storage.closer
@@ -135,22 +138,25 @@ class Adoption:
             closer.close(keep)
             grant, lock.backed = Grant(image, mode), False
         lock.grant, lock.fd, lock.mount = grant, fd, mounted
-        lock.since = min((by.since for by in held.holds if by.since), default=time.time())
+        lock.since = min((by.since for by in (*held.holds, *before.values()) if by.since), default=time.time())
         step("lockd.after-adoption")
         if not lock.backed:
             self._fencer.lose_lock(lock, "its lock was gone when lockd came back")
 
     def _put(
-        self, lock: Lock, mounted: Mounted, image: Image, held: HeldImage, before: Iterable[HeldBy]
+        self, lock: Lock, mounted: Mounted, image: Image, held: HeldImage, before: Before
     ) -> None:
+        """Have the mount hold the image as it says; *before* is what the last lockd had written down."""
         holds = []
         for by in held.holds:
+            if (known := before.get((by.owner.key, by.mode))) is not None:
+                by = msgspec.structs.replace(by, since=known.since, nodes=[*{*by.nodes, *known.nodes}])
             mode = Mode(by.mode)
             hold = Hold(mounted, by.owner.key, mode, self._holder(held, by), set(by.nodes), by.count)
             lock.put(mounted, by.owner.key, hold)
             holds.append(hold)
         listed = {(by.owner.key, by.mode) for by in held.holds}
-        dropped = [by for by in before if (by.owner.key, by.mode) not in listed]
+        dropped = [by for key, by in before.items() if key not in listed]
         self._recorder.adopted(mounted, image, holds, dropped)
 
     def _holder(self, held: HeldImage, by: HeldBy) -> Holder:

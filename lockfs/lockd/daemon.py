@@ -5,7 +5,7 @@ Invariants:
 * The last step of one that leaves because it is idle is taken under ``start.lock``: whoever wants a lockd
   and holds that finds one that stays, or none.
 * A lockd that is told to stop gives no lock back: the mounts that it served still hold descriptors that
-  keep them.
+  keep them, and start another one.  What nobody but itself keeps locked it fences first.
 """
 
 from __future__ import annotations
@@ -42,6 +42,8 @@ STOP_TIMEOUT = 5.0
 """Seconds that calls under way may take when lockd is told to stop; a storage that hangs must not keep it."""
 LEAVE_TIMEOUT = 0.5
 """Seconds that mounts have to go when lockd is told to stop."""
+FENCE_TIMEOUT = 5.0
+"""Seconds that the fence may take of what only this lockd keeps locked: one or two, on a host in trouble some."""
 TAKE_OVER_TIMEOUT = 5.0
 """Seconds that a lockd which has closed its socket may take to end before its successor gives up."""
 WANTED_DESCRIPTORS = 1 << 19
@@ -178,6 +180,10 @@ class Daemon:
             with trio.move_on_after(LEAVE_TIMEOUT):
                 while shares.mounts or shares.leaving:  # noqa: ASYNC110 - once, for half a second at most
                     await trio.sleep(0.01)
+            with trio.move_on_after(FENCE_TIMEOUT) as scope:
+                await shares.fence_orphans()
+            if scope.cancelled_caught:
+                log.error("lockd stops although images of dead mount daemons could not be fenced in time")
             if shares.mounts:
                 log.warning("lockd stops while %d mounts need it; they keep the locks they have", len(shares.mounts))
             if self._listener is not None:

@@ -165,6 +165,13 @@ class Shares:
         mounted.detach()
         return True
 
+    async def fence_orphans(self) -> None:
+        """Cut off who can still write by way of mounts whose daemon is dead: this lockd alone keeps their locks."""
+        orphaned = [each for each in self.mounts.values() if each.gone and each.attachment is not None]
+        locks = {lock.key: lock for mounted in orphaned for lock in self._table.held_by(mounted)}
+        if locks:
+            await self._fencer.fence(locks.values(), "lockd stops, and nobody else keeps its lock")
+
     async def leave(self, mounted: Mounted) -> None:
         """Free what a mount holds whose daemon is gone, as soon as nobody can write by it; return when that is done."""
         self.leaving += 1
