@@ -9,7 +9,9 @@ Invariants:
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
@@ -20,12 +22,13 @@ import trio
 from lockfs import text
 from lockfs.backend import Grant, GrantLost, Holder, Image, Mode
 from lockfs.errors import LockUnavailable
-from lockfs.lockd.claims import Claims
+from lockfs.lockd.claims import Claim, Claims
 from lockfs.lockd.descriptor import Descriptor
 from lockfs.lockd.fence import Fencer
 from lockfs.lockd.lock import Hold, Lock
 from lockfs.lockd.recorder import Recorder
 from lockfs.lockd.share import Mounted
+from lockfs.lockd.state import Identity
 from lockfs.lockd.storage import Job
 from lockfs.lockd.table import Table
 from lockfs.protocol import messages
@@ -79,6 +82,40 @@ class Adoption:
         log.info("%s has come back, and holds %d images%s", mounted.mount.mountpoint,
                  len(self._table.held_by(mounted)),
                  f"; {dropped} more it had not been told of" if dropped else "")  # fmt: skip
+
+    async def lock_for_orphans(self, ghost: Mounted, claim: Claim, identity: Identity) -> None:
+        """Take the lock of an image for those who can write to it by way of a dead mount, for which *ghost* stands.
+
+        The one exception to the first invariant: they have none.  Raises `LockfsError` (`Busy` if another host has it),
+        OSError.
+        """
+        held = claim.images[identity]
+        share = ghost.share
+        relative = text.to_bytes(held.image.relative)
+        number = await trio.to_thread.run_sync(_open_image, share.top.number, relative, identity)
+        fd = Descriptor(number, share.storage.closer)
+        message = HeldImage(held.image, list(held.holds.values()))
+        image = Image(number, *identity, relative, text.to_bytes(held.image.path))
+        lock = self._table.find_or_make(share, image)
+        mode, holder = _strongest(message, None), self._holder(message, message.holds[0])
+        lock.users += 1
+
+        async def work(_: Job[None]) -> None:
+            async with lock.transition:
+                if lock.grant is None:
+                    lock.grant = await share.backend.acquire(image, mode, holder)
+                    lock.fd, lock.mount, lock.since = fd, ghost, holder.since
+                self._put(lock, ghost, image, message, held.holds)
+                self._claims.settle_image(claim, identity)
+
+        try:
+            with fd.in_use():
+                await share.storage.run(lock, work)
+        finally:
+            lock.users -= 1
+            if lock.fd is not fd:
+                fd.close()
+            self._table.forget_if_idle(lock)
 
     async def _take_up(self, mounted: Mounted, held: HeldImage, fd: int, keep: list[int]) -> None:
         identity = (held.image.dev, held.image.ino)
@@ -163,6 +200,15 @@ class Adoption:
         owner = by.owner
         path = held.image.path
         return Holder(self._host, Mode(by.mode), owner.pid, owner.command, owner.vm, by.since or time.time(), path)
+
+
+def _open_image(top: int, relative: bytes, identity: Identity) -> int:
+    fd = os.open(relative, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC, dir_fd=top)
+    info = os.fstat(fd)
+    if (info.st_dev, info.st_ino) != identity:
+        os.close(fd)
+        raise OSError(errno.ESTALE, "another file has its name now")
+    return fd
 
 
 async def _ask(question: Callable[[], Awaitable[Grant]], held: HeldImage) -> Grant:

@@ -12,6 +12,7 @@ Pure state, but for the wait.  `lockfs.lockd.orphans` finds out what became of m
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import trio
@@ -30,11 +31,24 @@ some.
 
 @dataclass(slots=True, eq=False)
 class Claim:
-    """A mount of the predecessor.  `orphaned` says that its daemon is dead; `images` are those that it may hold."""
+    """A mount of the predecessor.
+
+    `before` are the images that it held, `images` those of them that it may hold still.  `orphaned` says that its
+    daemon is dead.
+    """
 
     mount: MountState
-    orphaned: bool = False
+    before: Mapping[Identity, ImageState]
     images: dict[Identity, ImageState] = field(default_factory=dict)
+    orphaned: bool = False
+
+    @classmethod
+    def of(cls, mount: MountState) -> Claim:
+        """Make one that does not change with the state."""
+        before = {
+            identity: ImageState(each.image, dict(each.holds), each.lost) for identity, each in mount.images.items()
+        }
+        return cls(MountState(mount.mount, mount.attached), before, dict(before))
 
     @property
     def mount_id(self) -> str:
@@ -51,9 +65,7 @@ class Claims:
 
     def __init__(self, state: State, host: str) -> None:
         self._host = host
-        self._claims = {
-            mount_id: Claim(each, images=dict(each.images)) for mount_id, each in state.mounts.items()
-        }
+        self._claims = {mount_id: Claim.of(each) for mount_id, each in state.mounts.items()}
         self._by_image: dict[Identity, set[str]] = defaultdict(set)
         for mount_id, claim in self._claims.items():
             for identity in claim.images:
@@ -113,14 +125,22 @@ class Claims:
         self._changed.set()
         self._changed = trio.Event()
 
-    async def clear(self, identity: Identity, owner: str, mode: Mode, wait: float) -> None:
-        """Return when *owner* may have an image as far as it goes by what the predecessor had granted.
+    def holders(self, identity: Identity) -> list[Holder]:
+        """Return who held an image by what the predecessor had granted."""
+        return [
+            holder_of(self._host, self._claims[mount_id], by)
+            for mount_id in self._by_image.get(identity, ())
+            for by in self._holds(mount_id, identity)
+        ]
+
+    async def clear(self, identity: Identity, mode: Mode, wait: float) -> None:
+        """Return when an image may be had as far as it goes by what the predecessor had granted.
 
         *wait* is for how many seconds the caller waits for others.  Raises `HeldError`, and `LockUnavailable`.
         """
         begin = trio.current_time()
         while self._claims:
-            orphans, awaited = self._obstacles(identity, owner, mode)
+            orphans, awaited = self._obstacles(identity, mode)
             blind = trio.current_time() < self._blind_until
             if not orphans and not awaited and not blind:
                 return
@@ -132,16 +152,14 @@ class Claims:
             with trio.move_on_at(until):
                 await self._changed.wait()
 
-    def _obstacles(
-        self, identity: Identity, owner: str, mode: Mode
-    ) -> tuple[list[tuple[Claim, HeldBy]], list[Claim]]:
+    def _obstacles(self, identity: Identity, mode: Mode) -> tuple[list[tuple[Claim, HeldBy]], list[Claim]]:
         claims = [self._claims[mount_id] for mount_id in self._by_image.get(identity, ())]
         orphans = [
             (claim, by)
             for claim in claims
             if claim.orphaned
             for by in self._holds(claim.mount_id, identity)
-            if by.owner.key != owner and Mode.EXCLUSIVE in (mode, Mode(by.mode))
+            if Mode.EXCLUSIVE in (mode, Mode(by.mode))
         ]
         return orphans, [claim for claim in claims if not claim.orphaned]
 

@@ -52,6 +52,10 @@ OUT_OF_MEANS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 log = logging.getLogger(__name__)
 
 
+class AlreadyRuns(SystemError_):
+    """There is a lockd in this run directory; which is what whoever starts one wants."""
+
+
 class Daemon:
     """One lockd.  *idle_exit* is after how many seconds without a connection it leaves; None for never."""
 
@@ -80,10 +84,10 @@ class Daemon:
             claims = Claims(state, self._host)
             table = Table(events, recorder, claims)
             fencer = Fencer(background, table, events)
-            succession = Succession(claims, Adoption(table, claims, fencer, recorder, self._host), recorder)
+            succession = Succession(table, claims, Adoption(table, claims, fencer, recorder, self._host), recorder)
             shares = Shares(background, table, fencer, events, recorder, succession, self._host, self._run_dir)
             service = Service(table, shares, fencer, succession, events, self._run_dir)
-            succession.begin(background, shares.mounts.__contains__, shares.serves)
+            succession.begin(background, shares)
             async with trio.open_nursery() as nursery:
                 stop = nursery.cancel_scope.cancel
                 # Before the socket is there: who can reach lockd can also stop it in an orderly way.
@@ -108,7 +112,7 @@ class Daemon:
             if start.is_running(self._run_dir) or trio.current_time() > until:
                 os.close(fd)
                 hint = f"See which: fuser -v {path}"
-                raise SystemError_(f"another lockd runs in {self._run_dir}", hint=hint)
+                raise AlreadyRuns(f"another lockd runs in {self._run_dir}", hint=hint)
             await trio.sleep(0.02)
 
     def _listen(self) -> trio.socket.SocketType:

@@ -13,16 +13,22 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Container
+from collections.abc import Container, Mapping, Sequence
+from typing import Protocol
 
 import trio
 
-from lockfs.backend import Mode
+from lockfs.backend import Busy, Mode
+from lockfs.errors import LockfsError
 from lockfs.linux import holders, mountinfo, process
 from lockfs.linux.holders import UNKNOWN_INO, Use
+from lockfs.lockd.adoption import Adoption
 from lockfs.lockd.claims import Claim, Claims
+from lockfs.lockd.lock import Lock
 from lockfs.lockd.recorder import Recorder
+from lockfs.lockd.share import Mounted
 from lockfs.lockd.state import Identity, ImageState, MountIs
+from lockfs.lockd.table import Table
 
 FIRST_PAUSE, LAST_PAUSE = 0.1, 1.0
 """Seconds between two looks at all processes."""
@@ -31,98 +37,133 @@ FSTYPE = "fuse.lockfs"
 log = logging.getLogger(__name__)
 
 
-class Orphans:
-    """Finds out what has become of mounts that do not come back.
+class Places(Protocol):
+    """What `Orphans` asks of `Shares`."""
 
-    Its tasks live in *nursery*.  *is_back* says whether a mount has come back, and *is_served* whether a device number
-    belongs to a mount that has.
-    """
+    def is_back(self, mount_id: str) -> bool:
+        """Say whether a mount has come back."""
+
+    def serves(self, dev: int) -> bool:
+        """Say whether a mount that is attached has this device number."""
+
+    def ghost(self, claim: Claim) -> Mounted | None:
+        """Return what stands for a dead mount if another mount of its directory is there, else None."""
+
+    async def free(self, ghost: Mounted, locks: Sequence[Lock]) -> None:
+        """Free locks of a dead mount."""
+
+    async def bury(self, ghost: Mounted) -> None:
+        """Forget a dead mount."""
+
+
+class Orphans:
+    """Finds out what has become of mounts that do not come back.  Its tasks live in *nursery*."""
 
     def __init__(
         self,
         nursery: trio.Nursery,
+        table: Table,
         claims: Claims,
+        adoption: Adoption,
         recorder: Recorder,
-        is_back: Callable[[str], bool],
-        is_served: Callable[[int], bool],
+        places: Places,
     ) -> None:
         self._nursery = nursery
+        self._table = table
         self._claims = claims
+        self._adoption = adoption
         self._recorder = recorder
-        self._is_back = is_back
-        self._is_served = is_served
-        self._looks: dict[str, trio.Event] = {}
+        self._places = places
+        self._seen_off: dict[str, Claim] = {}
 
     def begin(self) -> None:
         """Look after all mounts of the last lockd."""
         for claim in self._claims.all():
-            self._looks[claim.mount_id] = trio.Event()
             self._nursery.start_soon(self._follow, claim)
-
-    async def looked(self, claim: Claim) -> None:
-        """Return when it is known which images of a dead mount can still be written to."""
-        await self._looks[claim.mount_id].wait()
 
     async def _follow(self, claim: Claim) -> None:
         """Wait for the mount to come back, or its daemon to die; then see to it that nothing more is written."""
-        try:
-            await _end_of_daemon(claim.mount.mount)
-            if self._is_settled(claim) or self._is_back(claim.mount_id):
-                return  # what becomes of it now is known to whoever serves it
+        await _end_of_daemon(claim.mount.mount)
+        if self._claims.get(claim.mount_id) is claim and not self._places.is_back(claim.mount_id):
             await self.see_off(claim)
-        finally:
-            self._looks[claim.mount_id].set()
-
-    def _is_settled(self, claim: Claim) -> bool:
-        return self._claims.get(claim.mount_id) is not claim
 
     async def see_off(self, claim: Claim) -> None:
         """Free the images of a dead mount as soon as nobody can write to them by it; return when that is done."""
         mount = claim.mount.mount.mount
         self._claims.orphan(claim)
-        self._looks.setdefault(claim.mount_id, trio.Event())
+        self._seen_off[claim.mount_id] = claim
         log.info("the daemon of %s died while no lockd ran", mount.mountpoint)
-        told: set[Identity] = set()
+        images, told = dict(claim.images), set[Identity]()
         pause = FIRST_PAUSE
-        while claim.images:
-            used = await self._used(claim)
-            for identity in [each for each in claim.images if each not in used]:
-                self._free(claim, identity)
-            self._looks[claim.mount_id].set()
-            for identity in claim.images.keys() - told:
-                told.add(identity)
-                image, uses = claim.images[identity], used[identity]
+        while True:
+            used = await self._used(claim, images)
+            ghost = self._places.ghost(claim) if used else None
+            await self._free(claim, [identity for identity in images if identity not in used])
+            images = {identity: images[identity] for identity in used}
+            if not images:
+                break
+            for identity in images.keys() - told:
                 log.error("%s can be written to without a lock, since both daemons had died, by %s",
-                          image.image.path, _who(uses))  # fmt: skip
+                          images[identity].image.path, _who(used[identity]))  # fmt: skip
+            told |= images.keys()
             if mount.options.get("orphans") == "kill":
-                kill_all([use for uses in used.values() for use in uses], "it was left behind by both daemons")
-            if claim.images:
-                await trio.sleep(pause)
-                pause = min(2 * pause, LAST_PAUSE)
+                kill_all([use for uses in used.values() for use in uses], "it was left behind by the daemons")
+            elif ghost is not None:
+                await self._lock(ghost, claim, used)
+            await trio.sleep(pause)
+            pause = min(2 * pause, LAST_PAUSE)
         self._claims.settle(claim)
         self._recorder.left(claim.mount_id)
+        del self._seen_off[claim.mount_id]
+        if (ghost := self._places.ghost(claim)) is not None:
+            await self._places.bury(ghost)
         log.info("nobody can write by way of %s any more", mount.mountpoint)
 
-    def _free(self, claim: Claim, identity: Identity) -> None:
-        holds = [(by.owner.key, Mode(by.mode)) for by in claim.images[identity].holds.values()]
-        self._recorder.free(claim.mount_id, *identity, holds)
-        self._claims.settle_image(claim, identity)
+    async def _lock(self, ghost: Mounted, claim: Claim, used: dict[Identity, list[Use]]) -> None:
+        """Take the locks of images for those who can write to them."""
+        for identity, image in list(claim.images.items()):
+            try:
+                await self._adoption.lock_for_orphans(ghost, claim, identity)
+                log.warning("%s is locked again", image.image.path)
+            except Busy as error:
+                kill_all(used.get(identity, []), f"it can write to {image.image.path}, which is {error}")
+            except (LockfsError, OSError) as error:
+                log.info("%s cannot be locked: %s", image.image.path, error)
 
-    async def _used(self, claim: Claim) -> dict[Identity, list[Use]]:
+    async def _free(self, claim: Claim, identities: Sequence[Identity]) -> None:
+        for identity in identities:
+            if (image := claim.images.get(identity)) is not None:
+                holds = [(by.owner.key, Mode(by.mode)) for by in image.holds.values()]
+                self._recorder.free(claim.mount_id, *identity, holds)
+                self._claims.settle_image(claim, identity)
+        if (ghost := self._places.ghost(claim)) is not None:
+            locks = [lock for lock in self._table.held_by(ghost) if lock.key[1:] in identities]
+            await self._places.free(ghost, locks)
+
+    async def kill(self) -> None:
+        """End all who can still write to images that only this lockd keeps locked."""
+        for claim in list(self._seen_off.values()):
+            locked = {lock.key[1:] for lock in self._table.locks.values() if _is_held_by(lock, claim)}
+            images = {each: claim.before[each] for each in locked if each in claim.before}
+            for uses in (await self._used(claim, images)).values():
+                kill_all(uses, "lockd stops, and nobody else keeps its lock")
+
+    async def _used(self, claim: Claim, images: Mapping[Identity, ImageState]) -> dict[Identity, list[Use]]:
         """Return by whom which images of a dead mount can still be written to."""
         dev = self._device(claim)
         if dev is None:
             return {}
+        nodes = {node for image in images.values() for node in image.nodes}
         while True:
             try:
-                uses = await trio.to_thread.run_sync(holders.uses, dev, _nodes(claim))
+                uses = await trio.to_thread.run_sync(holders.uses, dev, nodes)
             except (holders.Incomplete, OSError) as error:
                 log.info("images of %s stay locked: %s", claim.mount.mount.mount.mountpoint, error)
                 await trio.sleep(LAST_PAUSE)
             else:
                 return {
                     identity: found
-                    for identity, image in claim.images.items()
+                    for identity, image in images.items()
                     if (found := [use for use in uses if _keeps(use, image)])
                 }
 
@@ -133,7 +174,7 @@ class Orphans:
             # It had only begun to serve.
             there = mountinfo.at(os.fsencode(claim.mount.mount.mount.mountpoint))
             return there.dev if there is not None and there.fstype == FSTYPE else None
-        if attached.data != "passthrough" or self._is_served(attached.dev):
+        if attached.data != "passthrough" or self._places.serves(attached.dev):
             return None
         others = any(each.dev == attached.dev and each.fstype != FSTYPE for each in mountinfo.read())
         return None if others else attached.dev  # the number of a filesystem that has ended may get another's
@@ -159,8 +200,8 @@ def _keeps(use: Use, image: ImageState) -> bool:
     return (use.writable or shared) and use.ino in nodes
 
 
-def _nodes(claim: Claim) -> set[int]:
-    return {node for image in claim.images.values() for node in image.nodes}
+def _is_held_by(lock: Lock, claim: Claim) -> bool:
+    return any(hold.mounted.mount_id == claim.mount_id for hold in lock.holds.values())
 
 
 def _who(uses: list[Use]) -> str:

@@ -20,6 +20,7 @@ from lockfs.backend import Backend, Context, Spec, find
 from lockfs.errors import LockfsError, MountError
 from lockfs.lockd.aftermath import Aftermath
 from lockfs.lockd.attachment import Attachment
+from lockfs.lockd.claims import Claim
 from lockfs.lockd.descriptor import Descriptor
 from lockfs.lockd.events import Events
 from lockfs.lockd.fence import Fencer
@@ -75,6 +76,36 @@ class Shares:
         if mounted is None or mounted.pid != pid or mounted.gone:
             raise UnknownMount(mount_id)
         return mounted
+
+    def is_back(self, mount_id: str) -> bool:
+        """Say whether a mount of the last lockd has come back."""
+        return mount_id in self.mounts
+
+    def ghost(self, claim: Claim) -> Mounted | None:
+        """Return what stands for a dead mount of the last lockd, if its share is there, else None."""
+        there = self.mounts.get(claim.mount_id)
+        share = self._shares.get(claim.mount.mount.top)
+        if there is not None or share is None or share.ended.cancel_called:
+            return there
+        mount = claim.mount.mount
+        ghost = Mounted(mount.mount_id, mount.mount, mount.pid, share, mount.since, detached=True, gone=True)
+        self.mounts[mount.mount_id] = share.mounts[mount.mount_id] = ghost
+        return ghost
+
+    async def free(self, ghost: Mounted, locks: Sequence[Lock]) -> None:
+        """Free locks of a dead mount."""
+        for lock in locks:
+            self._table.abandon_one(ghost, lock)
+        await self._settle(locks)
+
+    async def bury(self, ghost: Mounted) -> None:
+        """Forget a dead mount."""
+        del self.mounts[ghost.mount_id]
+        share = ghost.share
+        del share.mounts[ghost.mount_id]
+        async with self._gates[share.dev, share.ino]:
+            if self._is_unused(share):
+                await self._close(share)
 
     def serves(self, dev: int) -> bool:
         """Say whether a mount that is attached has this device number."""
@@ -171,6 +202,7 @@ class Shares:
         locks = {lock.key: lock for mounted in orphaned for lock in self._table.held_by(mounted)}
         if locks:
             await self._fencer.fence(locks.values(), "lockd stops, and nobody else keeps its lock")
+        await self._succession.kill_orphans()
 
     async def leave(self, mounted: Mounted) -> None:
         """Free what a mount holds whose daemon is gone, as soon as nobody can write by it; return when that is done."""

@@ -2,33 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import trio
 
 from lockfs.lockd.adoption import Adoption
 from lockfs.lockd.claims import Claims
-from lockfs.lockd.orphans import Orphans
+from lockfs.lockd.orphans import Orphans, Places
 from lockfs.lockd.recorder import Recorder
 from lockfs.lockd.share import Mounted
+from lockfs.lockd.table import Table
 from lockfs.protocol.messages import HeldImage
 
 
 class Succession:
     """See the module.  `Shares` tells it of mounts that come and go."""
 
-    def __init__(self, claims: Claims, adoption: Adoption, recorder: Recorder) -> None:
+    def __init__(self, table: Table, claims: Claims, adoption: Adoption, recorder: Recorder) -> None:
         self.claims = claims
+        self._table = table
         self._adoption = adoption
         self._recorder = recorder
         self._orphans: Orphans | None = None
 
-    def begin(
-        self, nursery: trio.Nursery, is_back: Callable[[str], bool], is_served: Callable[[int], bool]
-    ) -> None:
+    def begin(self, nursery: trio.Nursery, places: Places) -> None:
         """Look after the mounts of the last lockd from now on; see `Orphans`."""
-        self._orphans = Orphans(nursery, self.claims, self._recorder, is_back, is_served)
+        self._orphans = Orphans(nursery, self._table, self.claims, self._adoption, self._recorder, places)
         self._orphans.begin()
+
+    async def kill_orphans(self) -> None:
+        """End all who can still write to images that only this lockd keeps locked, and that cannot be fenced."""
+        if self._orphans is not None:
+            await self._orphans.kill()
 
     def register(self, mounted: Mounted) -> None:
         """Note a mount that is new, or has come back.  Raises `LockUnavailable`."""

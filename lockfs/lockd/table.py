@@ -86,7 +86,7 @@ class Table:
         taken = False
         try:
             if self._claims is not None and lock.share.backend.excludes:
-                await self._claims.clear(lock.key[1:], ask.owner, ask.mode, ask.wait)
+                await self._claims.clear(lock.key[1:], ask.mode, ask.wait)
             waiter = lock.enter(ask.owner)
             try:
                 await self._wait_and_take(lock, waiter, ask)
@@ -166,7 +166,7 @@ class Table:
                 with trio.CancelScope(shield=True):
                     await _give_back(backend, grant)
                 return False
-            lock.grant, lock.fd, lock.mount, lock.since = grant, ask.fd, ask.mounted, time.time()
+            lock.grant, lock.fd, lock.mount, lock.since = grant, ask.fd, ask.mounted, ask.holder.since or time.time()
             self._tell("acquired", lock, ask.holder)
         elif lock.grant.mode is Mode.SHARED and ask.mode is Mode.EXCLUSIVE:
             await backend.convert(lock.grant, Mode.EXCLUSIVE, ask.holder)
@@ -283,6 +283,9 @@ class Table:
                     await self._settle(lock)
                     if lock.holds:
                         return [HolderInfo.of(each, here=True) for each in lock.holders()]
+                    claimed = self._claims.holders(lock.key[1:]) if self._claims is not None else []
+                    if claimed:
+                        return [HolderInfo.of(each, here=True) for each in claimed]
                     found = await share.backend.inspect(image)
                     return [] if found is None else [HolderInfo.of(found)]
 
