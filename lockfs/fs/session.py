@@ -84,9 +84,17 @@ class LockdSession:
         lockd.
         """
         session = cls(run_dir, mount, source_fd, wait)
-        await session._register()
-        session._up.set()
-        return session
+        until = trio.current_time() + PATIENCE
+        while True:
+            try:
+                await session._register()
+            except LockdGone:
+                if trio.current_time() > until:
+                    raise
+                await trio.sleep(FIRST_PAUSE)
+            else:
+                session._up.set()
+                return session
 
     async def _register(self) -> None:
         client = await LockdClient.connect(self._run_dir, start=True)

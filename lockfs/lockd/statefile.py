@@ -19,6 +19,7 @@ from lockfs.errors import LockUnavailable, SystemError_
 from lockfs.linux import procfs
 from lockfs.lockd import state
 from lockfs.lockd.state import Begin, Record, State
+from lockfs.steps import step
 
 NAME = "lockd.state"
 SLACK = 1 << 20
@@ -99,7 +100,9 @@ class StateFile:
                 at = 0
                 while at < len(left):
                     at += os.write(fd, left[at:])
+            step("lockd.before-replacement")
             os.rename(temporary, self._path)
+            step("lockd.after-replacement")
         except OSError as error:
             os.close(fd)
             if self._fd < 0:
