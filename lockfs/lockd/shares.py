@@ -24,15 +24,19 @@ from lockfs.lockd.descriptor import Descriptor
 from lockfs.lockd.events import Events
 from lockfs.lockd.fence import Fencer
 from lockfs.lockd.lock import Lock
+from lockfs.lockd.revival import RESTARTS, Revival, watch
 from lockfs.lockd.share import Mounted, Share
 from lockfs.lockd.storage import STORAGE_TIMEOUT, Job, Storage
 from lockfs.lockd.table import Table
-from lockfs.protocol import messages
+from lockfs.protocol import messages, start
 from lockfs.protocol.errors import UnknownMount
 from lockfs.protocol.varlink import ProtocolError
 
 SETTLERS = 16
 """Locks of a mount that is gone that are given back at once."""
+
+REPLACE_POLL = 0.02
+"""Seconds between two looks whether a daemon was replaced."""
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +87,8 @@ class Shares:
                 if share is None:
                     share = await self._open(mount, source_fd, identity, spec, values)
                 _check_same(share, mount, values)
-                mounted = Mounted(secrets.token_hex(8), mount, pid, share)
+                top = Descriptor(os.dup(source_fd), share.storage.closer)
+                mounted = Mounted(secrets.token_hex(8), mount, pid, share, top)
                 self.mounts[mounted.mount_id] = share.mounts[mounted.mount_id] = mounted
         except trio.TooSlowError:
             raise MountError(f"the storage of {mount.source} does not answer") from None
@@ -130,7 +135,9 @@ class Shares:
         """
         if mounted.attachment is not None or mounted.detached:
             raise ProtocolError("the mount is attached already")
-        mounted.attachment = Attachment.of(call.dev, call.data, root_fd, fuse_fd, mounted.pid, self._nursery)
+        mounted.attachment = Attachment.of(call, root_fd, fuse_fd, mounted.pid, self._nursery)
+        if call.resumable and RESTARTS:
+            self._nursery.start_soon(watch, mounted, mounted.attachment)
 
     def detach(self, mounted: Mounted) -> bool:
         """Let a mount go that is mounted nowhere any more; return False if its images are still held."""
@@ -139,8 +146,64 @@ class Shares:
         mounted.detach()
         return True
 
-    async def leave(self, mounted: Mounted) -> None:
-        """Free what a mount holds whose daemon is gone, as soon as nobody can write by it; return when that is done."""
+    def resume(self, mount_id: str, token: str, pid: int) -> Mounted:
+        """Take note of a successor of a mount daemon.  Raises `UnknownMount` for one that nobody waits for."""
+        mounted = self.mounts.get(mount_id)
+        if mounted is None or mounted.revival is None or not mounted.revival.admit(token, pid):
+            raise UnknownMount(mount_id)
+        mounted.pid = pid
+        return mounted
+
+    def claim(self, mounted: Mounted, claims: messages.Claim) -> list[messages.Claimed]:
+        """Compare what a successor claims with what there is; return what is not safe to write under."""
+        if mounted.revival is None:
+            raise ProtocolError("only a successor claims what is held")
+        unsafe = [each for each in claims.holds if not self._table.is_safe(mounted, each)]
+        mounted.revival.claimed.update(claims.holds)
+        if claims.last:
+            self._nursery.start_soon(self._settle, self._table.keep_only(mounted, mounted.revival.claimed))
+        return unsafe
+
+    async def take_over(self, mounted: Mounted) -> list[int]:
+        """Let a successor answer the kernel; return what is fenced."""
+        if mounted.revival is None:
+            raise ProtocolError("only a successor takes a mount over")
+        if mounted.keeper is not None:
+            await mounted.keeper.stop()
+            mounted.keeper = None
+        mounted.revival.succeed()
+        self._tell("daemon-restarted", mounted)
+        return sorted(mounted.fenced)
+
+    async def replace(self, mounted: Mounted) -> bool:
+        """End the daemon of a mount and have a successor take over; return whether one serves now."""
+        attachment, before = mounted.attachment, mounted.restarts
+        if attachment is None or not attachment.resumable:
+            return False
+        attachment.kill_daemon()
+        while mounted.restarts == before and not mounted.gone and not mounted.detached:  # noqa: ASYNC110
+            await trio.sleep(REPLACE_POLL)
+        return mounted.restarts > before
+
+    async def leave(self, mounted: Mounted, pid: int) -> None:
+        """The life line of a mount has ended, which was that of process *pid*.
+
+        Have a successor take over, or free what the mount holds as soon as nobody can write by it; return when that is
+        done.
+        """
+        if mounted.revival is not None:
+            return  # a successor that failed: the revival sees to it
+        if pid != mounted.pid:
+            return
+        attachment = mounted.attachment
+        if attachment is not None and attachment.resumable and RESTARTS:
+            revival = mounted.revival = Revival(mounted, attachment, self._run_dir)
+            if await revival.run():
+                return
+            mounted.revival = None
+        await self._free(mounted)
+
+    async def _free(self, mounted: Mounted) -> None:
         self.leaving += 1
         mounted.gone = True
         try:
@@ -157,6 +220,7 @@ class Shares:
     async def _leave(self, mounted: Mounted) -> None:
         share = mounted.share
         mounted.detach()
+        start.remove_journal(self._run_dir, mounted.mount_id)
         del self.mounts[mounted.mount_id]
         del share.mounts[mounted.mount_id]
         locks = self._table.abandon(mounted)
