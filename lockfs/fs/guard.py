@@ -15,7 +15,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -50,6 +50,11 @@ class Hold:
     def lost(self) -> bool:
         """True once the lock is no longer safe to write under."""
         return self.image.lost
+
+    @property
+    def kept(self) -> list[int]:
+        """Descriptors of the image that came from lockd."""
+        return list(self.image.keep)
 
 
 @dataclass(slots=True)
@@ -200,6 +205,27 @@ class Guard:
         image.keep = kept
         for fd in before:
             self._work.close(fd)
+
+    def restore(self, node: Node, mode: Mode, owner: Owner) -> Hold:
+        """Take over a hold of the daemon before, for which lockd has the lock still."""
+        image = self._enter(node)
+        owned = image.owners.setdefault(owner.key, _Owned(owner))
+        owned.users += 1
+        owned.counts[mode] += 1
+        image.nodes.add(node.id)
+        return Hold(image, owner, mode)
+
+    async def reclaim(self, fetch: Callable[[messages.Image], Awaitable[list[int]]]) -> None:
+        """Have *fetch* return the descriptors that are to be kept with the lock of each image that was taken over."""
+        for image in list(self._images.values()):
+            if image.lock_fd >= 0 or image.keep:
+                continue
+            kept = await fetch(image.message)
+            if kept and self._images.get(image.node.identity) is image and image.lock_fd < 0:
+                image.lock_fd, image.keep = kept[0], kept[1:]
+            else:
+                for fd in kept:
+                    self._work.close(fd)
 
     def join(self, node: Node) -> Hold | None:
         """Share what an owner in this mount holds exclusively; None if none does.

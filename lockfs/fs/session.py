@@ -36,6 +36,8 @@ some.
 """
 FIRST_PAUSE, LAST_PAUSE = 0.05, 5.0
 """Seconds before the next try to start one."""
+CLAIMS = 1000
+"""Holds that are claimed in one message."""
 AT_ONCE = 200
 """Images of one message of a hand-over: far below its limit of bytes, with names of usual lengths."""
 
@@ -46,6 +48,7 @@ log = logging.getLogger("lockfs.lockd-client")
 @dataclass(frozen=True, slots=True)
 class Held:
     """One image that the guard holds, with the descriptors that its lock lives in, which stay the guard's."""
+
 
     image: messages.Image
     holds: list[messages.HeldBy]
@@ -60,6 +63,7 @@ class _Attachment:
     data: messages.DataPath
     root_fd: int
     fuse_fd: int
+    resumable: bool
 
 
 class LockdSession:
@@ -72,6 +76,7 @@ class LockdSession:
         self._wait = wait
         self._client = LockdClient(run_dir)
         self._mount_id = ""
+        self._fuse_fd = -1
         self._attachment: _Attachment | None = None
         self._epoch = 0
         self._up, self._down = trio.Event(), trio.Event()
@@ -106,6 +111,56 @@ class LockdSession:
                 await client.aclose()
             raise
         self._client, self._mount_id = client, registered.mount_id
+
+    @classmethod
+    async def resume(
+        cls, run_dir: str, mount_id: str, token: str, wait: float, source_fd: int, fuse_fd: int
+    ) -> LockdSession:
+        """Register as the successor of a mount daemon that died.  Raises `LockUnavailable`."""
+        client = await LockdClient.connect(run_dir)
+        try:
+            mount = await client.resume(messages.Resume(mount_id, token))
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await client.aclose()
+            raise
+        session = cls(run_dir, mount, source_fd, wait)
+        session._client, session._mount_id, session._fuse_fd = client, mount_id, fuse_fd
+        session._up.set()
+        return session
+
+    @property
+    def mount_id(self) -> str:
+        """What lockd knows the mount by."""
+        return self._mount_id
+
+    async def claim(self, claims: list[messages.Claimed]) -> list[messages.Claimed]:
+        """Say what the daemon before has held, and all of it; return what is not safe to write under.
+
+        Raises `LockUnavailable`.
+        """
+        unsafe: list[messages.Claimed] = []
+        for at in range(0, max(1, len(claims)), CLAIMS):
+            last = at + CLAIMS >= len(claims)
+            call = messages.Claim(self._mount_id, claims[at : at + CLAIMS], last)
+            answer, _ = await self._client.call(call, messages.Claims)
+            unsafe += answer.unsafe
+        return unsafe
+
+    async def take_over(self) -> list[int]:
+        """Say that this daemon answers from now on, and heeds orders; return the nodes that are fenced.
+
+        Raises `LockUnavailable`.
+        """
+        answer, (root_fd,) = await self._client.call(messages.TakeOver(self._mount_id), messages.TakenOver)
+        self._attachment = _Attachment(answer.dev, answer.data, root_fd, self._fuse_fd, resumable=True)
+        return answer.fenced
+
+    async def reclaim(self, image: messages.Image) -> list[int]:
+        """Return the descriptors that are to be kept with the lock of an image.  Raises `LockfsError`."""
+        call = messages.Reclaim(self._mount_id, image.dev, image.ino)
+        _, keep = await self._client.call(call, messages.Reclaimed)
+        return keep
 
     # Calls -----------------------------------------------------------------------------------------
 
@@ -160,15 +215,18 @@ class LockdSession:
         inspected = await self._call(messages.Inspect(self._mount_id, image), messages.Inspected, [fd])
         return inspected.holders
 
-    async def attach(self, dev: int, data: messages.DataPath, root_fd: int, fuse_fd: int) -> None:
-        """Give lockd what it needs to fence images of this mount by itself.  Raises `LockUnavailable`.
+    async def attach(
+        self, dev: int, data: messages.DataPath, root_fd: int, fuse_fd: int, *, resumable: bool
+    ) -> None:
+        """Give lockd what it needs to fence images of this mount by itself, and to start a successor of this daemon.
 
-        Both descriptors stay the caller's; a duplicate of the first is kept until the mount is detached.
+        Raises `LockUnavailable`.  Both descriptors stay the caller's; a duplicate of the first is kept until the mount is
+        detached.
         """
-        self._attachment = _Attachment(dev, data, os.dup(root_fd), fuse_fd)
+        self._attachment = _Attachment(dev, data, os.dup(root_fd), fuse_fd, resumable)
         down = await self._wait_until_up()
         try:
-            call = messages.Attach(self._mount_id, dev, data)
+            call = messages.Attach(self._mount_id, dev, data, resumable=resumable)
             await self._client.call(call, messages.Attached, [root_fd, fuse_fd])
         except LockdGone:
             await _come(down)
@@ -214,13 +272,24 @@ class LockdSession:
     # The life of lockd -----------------------------------------------------------------------------
 
     async def follow(
-        self, mountpoint: str, obey: Callable[[messages.Order], None], held: Callable[[], list[Held]]
+        self,
+        mountpoint: str,
+        obey: Callable[[messages.Order], None],
+        held: Callable[[], list[Held]],
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
-        """Have *obey* carry out lockd's orders; when lockd is gone, start it again and hand over what is *held*."""
+        """Have *obey* carry out lockd's orders; when lockd is gone, start it again and hand over what is *held*.
+
+        Started when orders arrive.
+        """
+        started = False
         while True:
             async with trio.open_nursery() as nursery:
                 # Before it learns what is held: what it then finds lost it orders to be fenced.
                 await nursery.start(self._obey, obey)
+                if not started:
+                    task_status.started()
+                    started = True
                 if self._up.is_set() or await self._hand_over(held):
                     self._up.set()
                     await self._client.lost()
@@ -243,7 +312,7 @@ class LockdSession:
                 await self._register()
                 if (there := self._attachment) is not None:
                     step("handover.before-attach")
-                    call = messages.Attach(self._mount_id, there.dev, there.data)
+                    call = messages.Attach(self._mount_id, there.dev, there.data, resumable=there.resumable)
                     await self._client.call(call, messages.Attached, [there.root_fd, there.fuse_fd])
                     step("handover.after-attach")
                 return

@@ -159,7 +159,8 @@ class Daemon:
     async def _serve(self, sock: trio.socket.SocketType, service: Service) -> None:
         try:
             connection = Connection(sock, service, self._closer)
-            await connection.serve()
+            with service.serving(connection.client):
+                await connection.serve()
             await service.leave(connection.client)
         except Exception:
             log.exception("a connection ended in an unexpected way")

@@ -133,6 +133,10 @@ class Lock:
         """Return the numbers by which the kernel knows the file on one mount."""
         return {node for hold in self.holds.values() if hold.mounted is mounted for node in hold.nodes}
 
+    def is_held_by(self, mounted: Mounted) -> bool:
+        """Say whether anything is held through a mount."""
+        return any(hold.mounted is mounted for hold in self.holds.values())
+
     def remove(self, mount_id: str, owner: str, mode: Mode) -> bool:
         """Count one hold less.  Return False if there is none."""
         hold = self.holds.get((mount_id, owner, mode))

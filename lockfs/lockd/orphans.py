@@ -52,7 +52,7 @@ class Places(Protocol):
     async def free(self, ghost: Mounted, locks: Sequence[Lock]) -> None:
         """Free locks of a dead mount."""
 
-    async def bury(self, ghost: Mounted) -> None:
+    async def bury(self, claim: Claim) -> None:
         """Forget a dead mount."""
 
 
@@ -95,7 +95,7 @@ class Orphans:
         log.info("the daemon of %s died while no lockd ran", mount.mountpoint)
         images, told = dict(claim.images), set[Identity]()
         pause = FIRST_PAUSE
-        while True:
+        while not self._places.is_back(claim.mount_id):
             used = await self._used(claim, images)
             ghost = self._places.ghost(claim) if used else None
             await self._free(claim, [identity for identity in images if identity not in used])
@@ -112,11 +112,12 @@ class Orphans:
                 await self._lock(ghost, claim, used)
             await trio.sleep(pause)
             pause = min(2 * pause, LAST_PAUSE)
+        del self._seen_off[claim.mount_id]
+        if self._places.is_back(claim.mount_id):
+            return  # a successor of its daemon was being started, and goes on
         self._claims.settle(claim)
         self._recorder.left(claim.mount_id)
-        del self._seen_off[claim.mount_id]
-        if (ghost := self._places.ghost(claim)) is not None:
-            await self._places.bury(ghost)
+        await self._places.bury(claim)
         log.info("nobody can write by way of %s any more", mount.mountpoint)
 
     async def _lock(self, ghost: Mounted, claim: Claim, used: dict[Identity, list[Use]]) -> None:

@@ -29,7 +29,7 @@ from lockfs.lockd.recorder import Recorder
 from lockfs.lockd.share import Mounted, Share
 from lockfs.lockd.storage import Job
 from lockfs.protocol.errors import HeldError, NotHeld
-from lockfs.protocol.messages import Event, FenceTarget, HolderInfo
+from lockfs.protocol.messages import Claimed, Event, FenceTarget, HolderInfo
 from lockfs.steps import step
 
 LOCAL_GRACE = 0.1
@@ -231,9 +231,39 @@ class Table:
         if lock.remove_mount(mounted.mount_id):
             lock.kick()
 
+    def is_safe(self, mounted: Mounted, claimed: Claimed) -> bool:
+        """Say whether a mount has a hold that it claims, and may write under it."""
+        lock = self.locks.get(_key(mounted.share, claimed.dev, claimed.ino))
+        hold = (mounted.mount_id, claimed.owner, Mode(claimed.mode))
+        return lock is not None and hold in lock.holds and not lock.lost
+
+    def keep_only(self, mounted: Mounted, claims: set[Claimed]) -> list[Lock]:
+        """Take all holds of a mount away but those that are claimed; return the locks that are to be settled."""
+        touched: list[Lock] = []
+        for lock in self.held_by(mounted):
+            for key, hold in list(lock.holds.items()):
+                claimed = Claimed(lock.key[1], lock.key[2], hold.mode.value, hold.owner)
+                if hold.mounted is not mounted:
+                    continue
+                if claimed in claims:
+                    hold.count = 1  # a mount has each hold once, whoever shares it there
+                else:
+                    del lock.holds[key]
+                    self._recorder.free(mounted.mount_id, lock.key[1], lock.key[2], [(hold.owner, hold.mode)])
+                    touched.append(lock)
+            lock.kick()
+        return touched
+
+    def kept(self, mounted: Mounted, dev: int, ino: int) -> list[int]:
+        """Return the descriptors that a mount has to keep with what it holds of an image."""
+        lock = self.locks.get(_key(mounted.share, dev, ino))
+        if lock is None or lock.grant is None or lock.fd is None or not lock.is_held_by(mounted):
+            return []
+        return [lock.fd.number, *lock.grant.keep]
+
     def held_by(self, mounted: Mounted) -> list[Lock]:
         """Return the locks that are held through a mount."""
-        return [lock for lock in self.locks.values() if any(hold.mounted is mounted for hold in lock.holds.values())]
+        return [lock for lock in self.locks.values() if lock.is_held_by(mounted)]
 
     async def settle(self, lock: Lock) -> None:
         """Give back what is not wanted any more, however long it takes."""

@@ -72,9 +72,16 @@ class LockdClient:
 
         Raises `MountError` if lockd refuses the mount.
         """
+        return await self._begin_life(request, messages.Registered, [source_fd])
+
+    async def resume(self, request: messages.Resume) -> messages.Mount:
+        """Register as the successor of a mount daemon, as `register`; return the mount.  Raises `LockUnavailable`."""
+        return (await self._begin_life(request, messages.Resumed, [])).mount
+
+    async def _begin_life(self, request: msgspec.Struct, kind: type[T], source: Sequence[int]) -> T:
         wire = await self._open()
         try:
-            reply, fds = await _converse(wire, request, messages.Registered, [source_fd])
+            reply, fds = await _converse(wire, request, kind, source)
         except BaseException:
             wire.close()
             raise

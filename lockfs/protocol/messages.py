@@ -113,7 +113,8 @@ class MountInfo(msgspec.Struct, frozen=True, omit_defaults=True):
     """One registered mount.
 
     `data` says how data gets to the storage, empty before the mount serves.  `daemon_gone` is true if its daemon has
-    died: what is open may still be written to, and stays locked.
+    died and gets no successor: what is open may still be written to, and stays locked.  `restarts` counts the
+    successors so far; while one is being started, `restarting` is true.
     """
 
     mount_id: str
@@ -123,6 +124,8 @@ class MountInfo(msgspec.Struct, frozen=True, omit_defaults=True):
     locks: int
     data: str = ""
     daemon_gone: bool = False
+    restarts: int = 0
+    restarting: bool = False
 
 
 # Calls -------------------------------------------------------------------------------------------
@@ -251,7 +254,8 @@ class Attach(msgspec.Struct, frozen=True):
     """The mount serves.  Here is what lockd needs to fence its images, also when its daemon hangs or is dead.
 
     *root_fd* is the root directory, on a private clone of the mount; *fuse_fd* the connection to the kernel.  lockd
-    keeps both until the mount is gone.
+    keeps both until the mount is gone.  *resumable* says that there is a journal: if the daemon dies, lockd starts a
+    successor.
     """
 
     mount_id: str
@@ -259,6 +263,7 @@ class Attach(msgspec.Struct, frozen=True):
     data: DataPath
     root_fd: int = 0
     fuse_fd: int = 1
+    resumable: bool = False
 
 
 class Attached(msgspec.Struct, frozen=True):
@@ -277,6 +282,74 @@ class Detached(msgspec.Struct, frozen=True):
     done: bool
 
 
+class Resume(msgspec.Struct, frozen=True):
+    """A successor of a mount daemon that died, started by lockd, which has given it the *token*.
+
+    The connection that makes this call is the mount's life line from now on.
+    """
+
+    mount_id: str
+    token: str
+
+
+class Resumed(msgspec.Struct, frozen=True):
+    """The successor may claim what the daemon before has held."""
+
+    mount: Mount
+
+
+class Claimed(msgspec.Struct, frozen=True):
+    """A hold: that of one owner on an image in one mode."""
+
+    dev: int
+    ino: int
+    mode: ModeName
+    owner: str
+
+
+class Claim(msgspec.Struct, frozen=True):
+    """What the daemon before has held, by its journal.  With the *last* call lockd takes away what was not claimed."""
+
+    mount_id: str
+    holds: list[Claimed]
+    last: bool = True
+
+
+class Claims(msgspec.Struct, frozen=True, omit_defaults=True):
+    """`unsafe` are those of the claimed holds that there are not, or that were lost."""
+
+    unsafe: list[Claimed] = []
+
+
+class Reclaim(msgspec.Struct, frozen=True):
+    """Ask for the descriptors that a mount has to keep with the lock on an image."""
+
+    mount_id: str
+    dev: int
+    ino: int
+
+
+class Reclaimed(msgspec.Struct, frozen=True):
+    """The descriptors ride along; none if the image is not held."""
+
+
+class TakeOver(msgspec.Struct, frozen=True):
+    """The successor, which has called `Orders`, answers the kernel from now on; nobody else does."""
+
+    mount_id: str
+
+
+class TakenOver(msgspec.Struct, frozen=True, omit_defaults=True):
+    """`fenced` are the numbers by which the kernel knows what has been fenced on the mount.
+
+    With it comes the root of the mount, which the successor needs, as `dev` and `data`, to attach to a later lockd.
+    """
+
+    dev: int
+    data: DataPath
+    fenced: list[int] = []
+
+
 class Orders(msgspec.Struct, frozen=True):
     """The mount daemon asks for what it has to do, for as long as it lives."""
 
@@ -292,7 +365,8 @@ class FencedImage(msgspec.Struct, frozen=True):
 
 
 class Order(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What the mount daemon has to do at once, and then to answer with `Obeyed`: to ``fence`` images.
+    """What the mount daemon has to do at once, and then to answer with `Obeyed`: to ``fence`` images, or nothing but to
+    answer (``ping``).
 
     The first one of the stream, ``listening``, needs no answer: what is sent after it arrives.
     """
@@ -396,7 +470,7 @@ class Watch(msgspec.Struct, frozen=True):
 
 class Event(msgspec.Struct, frozen=True, omit_defaults=True):
     """One thing that happened: ``acquired``, ``released``, ``refused``, ``lost``, ``fenced``, ``mounted``,
-    ``unmounted``, ``daemon-gone``.
+    ``unmounted``, ``daemon-restarted``, ``daemon-gone``.
 
     The first one of a `Watch` is ``watching``: what happens after it will be told.
     """
@@ -456,6 +530,10 @@ METHODS: dict[str, tuple[type[msgspec.Struct], type[msgspec.Struct]]] = {
     "Watch": (Watch, Event),
     "Attach": (Attach, Attached),
     "Detach": (Detach, Detached),
+    "Resume": (Resume, Resumed),
+    "Claim": (Claim, Claims),
+    "Reclaim": (Reclaim, Reclaimed),
+    "TakeOver": (TakeOver, TakenOver),
     "Orders": (Orders, Order),
     "Obeyed": (Obeyed, Noted),
     "Fence": (Fence, Fenced),
