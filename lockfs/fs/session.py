@@ -220,8 +220,8 @@ class LockdSession:
     ) -> None:
         """Give lockd what it needs to fence images of this mount by itself, and to start a successor of this daemon.
 
-        Raises `LockUnavailable`.  Both descriptors stay the caller's; a duplicate of the first is kept until the mount is
-        detached.
+        Raises `LockUnavailable`.  Both descriptors stay the caller's; a duplicate of the first is kept until the mount
+        is detached.
         """
         self._attachment = _Attachment(dev, data, os.dup(root_fd), fuse_fd, resumable)
         down = await self._wait_until_up()

@@ -251,6 +251,25 @@ class Shares:
         self._tell("daemon-restarted", mounted)
         return sorted(mounted.fenced)
 
+    def check_expendable(self) -> None:
+        """Raise `MountError` with the reason if something depends on this very process."""
+        for mounted in self.mounts.values():
+            if mounted.absent and self._table.held_by(mounted):
+                raise MountError(
+                    f"the daemon of {mounted.mount.mountpoint} is dead, and only lockd keeps its locks",
+                    hint="Wait until it has been started again; or end who uses the mount.",
+                )
+        for share in self._shares.values():
+            if share.storage.overdue:
+                raise MountError(f"the storage of {share.source} does not answer")
+
+    async def replace_daemon(self, mount_id: str) -> bool:
+        """Have a successor take a mount over, as `replace`.  Raises `UnknownMount`."""
+        mounted = self.mounts.get(mount_id)
+        if mounted is None:
+            raise UnknownMount(mount_id)
+        return await self.replace(mounted)
+
     async def replace(self, mounted: Mounted) -> bool:
         """End the daemon of a mount and have a successor take over; return whether one serves now."""
         attachment, before = mounted.attachment, mounted.restarts

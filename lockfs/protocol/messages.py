@@ -405,6 +405,32 @@ class Fence(msgspec.Struct, frozen=True, omit_defaults=True):
     reason: str = ""
 
 
+class Upgrade(msgspec.Struct, frozen=True):
+    """Have lockd replaced by another version: the interpreter, and the directory that the package is in.
+
+    It may be refused; then nothing has changed.  Else lockd ends all connections soon, and is back in a moment.
+    """
+
+    python: str
+    path: str
+
+
+class Upgrading(msgspec.Struct, frozen=True):
+    """The new version can take over."""
+
+
+class Replace(msgspec.Struct, frozen=True):
+    """Have the daemon of a mount replaced by one of the version that lockd is of."""
+
+    mount_id: str
+
+
+class Replaced(msgspec.Struct, frozen=True):
+    """`done` is false if there is no successor, and the daemon is the one it was."""
+
+    done: bool
+
+
 class KilledProcess(msgspec.Struct, frozen=True):
     """A process that could still write in a way that no error stops."""
 
@@ -538,6 +564,8 @@ METHODS: dict[str, tuple[type[msgspec.Struct], type[msgspec.Struct]]] = {
     "Obeyed": (Obeyed, Noted),
     "Fence": (Fence, Fenced),
     "HandOver": (HandOver, HandedOver),
+    "Upgrade": (Upgrade, Upgrading),
+    "Replace": (Replace, Replaced),
 }
 """Each method with the types of its call and its reply; the class of a call has the method's name."""
 
