@@ -299,7 +299,9 @@ class LockdSession:
             begin = trio.current_time()
             log.info("lockd is gone; it is started again for %s", mountpoint)
             self._down.set()
-            self._up, self._down = trio.Event(), trio.Event()
+            self._down = trio.Event()
+            if self._up.is_set():  # else this lockd has died before it took over, and callers wait for the next one
+                self._up = trio.Event()
             await self._come_back(mountpoint)
             log.info("lockd is back after %.3f s", trio.current_time() - begin)
 
