@@ -14,6 +14,7 @@ import trio
 from lockfs import kernel, text
 from lockfs.errors import MountError, SystemError_
 from lockfs.fs.operations import Operations
+from lockfs.fs.session import LockdSession
 from lockfs.kernel import extra, session, wire
 from lockfs.kernel.gates import Gates
 from lockfs.linux import mount, mountinfo, tree
@@ -74,6 +75,21 @@ def begin(operations: Operations, fd: int, nursery: trio.Nursery) -> None:
     log.info("no sparse files, allocation or copies inside the storage on this mount: %s", missing)
     interrupt_reads()
     pyfuse3.init(operations, f"/dev/fd/{fd}", set())
+
+
+def resume(operations: Operations, fd: int, nursery: trio.Nursery, init: bytes) -> None:
+    """Take over a connection whose daemon has died; nothing is read before pyfuse3's main loop runs.
+
+    Raises `LockfsError`.
+    """
+    operations.negotiated = session.begin(operations, fd, extra.Requests(operations, nursery), SETTINGS, init)
+    operations.gates = Gates()
+
+
+def heed(operations: Operations, lockd: LockdSession) -> None:
+    """Have the kernel module heed the deadline of locks that expire."""
+    if operations.gates is not None:
+        lockd.heed(operations.gates.heed)
 
 
 def interrupt_reads() -> None:

@@ -6,7 +6,6 @@ Whoever is to write gets the image first, and nothing is changed before.
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import stat as st
 from contextlib import AsyncExitStack
@@ -28,8 +27,6 @@ from lockfs.kernel.backing import Backing
 from lockfs.linux import files
 from lockfs.linux.files import proc_path
 from lockfs.protocol.messages import Owner
-
-log = logging.getLogger("lockfs.fs")
 
 _PASSED_ON = os.O_ACCMODE | os.O_TRUNC | os.O_SYNC | os.O_DSYNC | os.O_NOATIME
 """Flags of an open that the daemon's descriptor of the file gets.
@@ -55,20 +52,23 @@ class OpenOperations(WriteRights):
     @replies
     async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
         """Open a file."""
-        return await self._open(self.nodes.get(inode), flags, ctx)
+        effect = self.effects.begin()
+        if effect.resent and (opened := self.handles.opened_by(effect.unique)) is not None:
+            return self._info(*opened)
+        return await self._open(self.nodes.get(inode), flags, ctx, effect.unique)
 
-    async def _open(self, node: Node, flags: int, ctx: RequestContext) -> FileInfo:
+    async def _open(self, node: Node, flags: int, ctx: RequestContext, unique: int) -> FileInfo:
         clears_suid = self.clears_suid()
         right = await self._right_to_open(node, flags, ctx)
         async with AsyncExitStack() as undo:
             undo.push_async_callback(self._give_up, right)
-            fd = await self._open_backing(node, flags, ctx)
+            fd, passed_on = await self._open_backing(node, flags, ctx)
             undo.callback(os.close, fd)
             if clears_suid:
                 await self.work.long(DAEMON, files.chown, fd, -1, -1)
             if flags & os.O_TRUNC and flags & os.O_ACCMODE == os.O_RDONLY:
                 await self._only_read_on(right, node, ctx)
-            info = await self._new_handle(node, fd, flags, right, ctx)
+            info = await self._new_handle(node, fd, passed_on, bool(flags & os.O_DIRECT), right, ctx, unique)
             undo.pop_all()
         return info
 
@@ -92,7 +92,8 @@ class OpenOperations(WriteRights):
         if right.hold is not None:
             await self.guard.release(right.hold)
 
-    async def _open_backing(self, node: Node, flags: int, ctx: Caller) -> int:
+    async def _open_backing(self, node: Node, flags: int, ctx: Caller) -> tuple[int, int]:
+        """Return a descriptor of the file, and the flags with which it was opened."""
         with self.nodes.borrow(node) as fd:
             path = proc_path(fd)
             passed_on = flags & _PASSED_ON | os.O_CLOEXEC
@@ -100,21 +101,22 @@ class OpenOperations(WriteRights):
                 if not self.work.remote and not flags & os.O_TRUNC:
                     try:
                         # O_NONBLOCK: only another's lease on the file could make this wait.
-                        return os.open(path, passed_on | os.O_NONBLOCK)
+                        return os.open(path, passed_on | os.O_NONBLOCK), passed_on
                     except BlockingIOError:
                         pass
-                return await self.work.long(ctx, os.open, path, passed_on)
+                return await self.work.long(ctx, os.open, path, passed_on), passed_on
             except PermissionError as error:
                 if error.errno != errno.EPERM or not flags & os.O_APPEND:
                     raise
                 # A file that can only be appended to: a descriptor of it that appends does what is asked for.
-                return await self.work.long(ctx, os.open, path, passed_on | os.O_APPEND)
+                passed_on |= os.O_APPEND
+                return await self.work.long(ctx, os.open, path, passed_on), passed_on
 
-    async def _new_handle(self, node: Node, fd: int, flags: int, right: _Right, ctx: Caller) -> FileInfo:
+    async def _new_handle(
+        self, node: Node, fd: int, flags: int, uncached: bool, right: _Right, ctx: Caller, unique: int
+    ) -> FileInfo:
         """Give the kernel its handle; on failure nothing is left but *fd* and *right*, which may have got a hold."""
-        uncached = bool(flags & os.O_DIRECT)
-        serves = self.gates is not None and self.backing is None
-        direct = await self._open_direct(fd, flags, ctx) if uncached and serves else -1
+        direct = await self.work.short(ctx, self.open_direct, fd, flags) if uncached else -1
         try:
             backing_id = await self._bypass(node, fd, right, ctx)
         except BaseException:
@@ -124,27 +126,22 @@ class OpenOperations(WriteRights):
         handle = FileHandle(
             node, fd, flags & os.O_ACCMODE != os.O_RDONLY, uncached, direct, hold=right.hold, manager=right.manager,
             counted=self.backing is not None, mappable=bool(backing_id) and flags & os.O_ACCMODE == os.O_RDWR,
+            flags=flags & ~os.O_TRUNC, uid=ctx.uid, gid=ctx.gid, unique=unique,
         )  # fmt: skip
         if handle.mappable and handle.hold is not None and self.mappings is not None:
             self.mappings.opened(node, handle.hold)
         number = self.handles.add_file(handle)
-        if handle.manager is None:
-            self.open_gate(handle)
+        self.open_gate(handle)
+        return self._info(number, handle)
+
+    def _info(self, number: int, handle: FileHandle) -> FileInfo:
+        backing_id = 0 if self.backing is None else self.backing.id_of(handle.node.id)
         # What is cached of a file may be older than what another host has written since it was last open here.  A
         # manager's handle bypasses the cache, so that each write arrives, and is refused, by itself; nor can it be
         # mapped for writing.
         return FileInfo(
             fh=session.mint(number, backing_id), keep_cache=False, direct_io=handle.manager is not None
         )
-
-    async def _open_direct(self, fd: int, flags: int, ctx: Caller) -> int:
-        """Open a file once more, with O_DIRECT; return -1 if that cannot be."""
-        try:
-            again = flags & _PASSED_ON & ~os.O_TRUNC | os.O_DIRECT | os.O_CLOEXEC | os.O_NONBLOCK
-            return await self.work.short(ctx, os.open, proc_path(fd), again)
-        except OSError as error:
-            log.debug("no O_DIRECT on the storage: %s", error)
-            return -1
 
     async def _bypass(self, node: Node, fd: int, right: _Right, ctx: Caller) -> int:
         """Return the backing id with which the file's data bypasses the daemon; 0 if it does not."""
@@ -173,15 +170,24 @@ class OpenOperations(WriteRights):
         self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: RequestContext
     ) -> tuple[FileInfo, EntryAttributes]:
         """Make a file and open it, or open what somebody else has just made there."""
+        effect = self.effects.begin()
+        if effect.resent and (opened := self.handles.opened_by(effect.unique)) is not None:
+            return await self._created_before(*opened, ctx)
         parent = self.nodes.get(parent_inode)
         self.creatable(parent, name)
         with self.nodes.borrow(parent) as directory:
             try:
-                fd, found = await self.work.long(ctx, _create, directory, name, mode, ctx.umask, flags & _PASSED_ON)
+                if await self.work.short(ctx, source.exists, directory, name):
+                    raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+                with effect.intend():
+                    fd, found = await self.work.long(
+                        ctx, _create, directory, name, mode, ctx.umask, flags & _PASSED_ON
+                    )
             except FileExistsError:
-                if flags & os.O_EXCL:
+                if flags & os.O_EXCL and effect.intended is None:
                     raise
-                return await self._open_existing(parent, directory, name, flags, ctx)
+                exclusive = bool(flags & os.O_EXCL)
+                return await self._open_existing(parent, directory, name, flags, ctx, effect.unique, exclusive)
         entry = self.enter(found, parent, name)
         node = self.nodes.get(entry.st_ino)
         async with AsyncExitStack() as undo:
@@ -189,21 +195,41 @@ class OpenOperations(WriteRights):
             undo.callback(os.close, fd)
             right = await self._right_to_open(node, flags & ~os.O_TRUNC, ctx)
             undo.push_async_callback(self._give_up, right)
-            info = await self._new_handle(node, fd, flags, right, ctx)
+            uncached = bool(flags & os.O_DIRECT)
+            info = await self._new_handle(node, fd, flags & _PASSED_ON, uncached, right, ctx, effect.unique)
             undo.pop_all()
+        effect.finish()
         return info, entry
 
-    async def _open_existing(
-        self, parent: Node, directory: int, name: bytes, flags: int, ctx: RequestContext
+    async def _created_before(
+        self, number: int, handle: FileHandle, ctx: RequestContext
     ) -> tuple[FileInfo, EntryAttributes]:
+        with self.nodes.borrow(handle.node) as fd:
+            status = await self.work.short(ctx, os.fstat, fd)
+        return self._info(number, handle), self.attributes(handle.node, status)
+
+    async def _open_existing(
+        self,
+        parent: Node,
+        directory: int,
+        name: bytes,
+        flags: int,
+        ctx: RequestContext,
+        unique: int,
+        exclusive: bool,
+    ) -> tuple[FileInfo, EntryAttributes]:
+        """Open what is there; with *exclusive* it has to be what the daemon before has made of the same request."""
         found = await self.work.short(ctx, source.find, directory, name)
+        if exclusive and not (st.S_ISREG(found.stat.st_mode) and (found.stat.st_size, found.stat.st_nlink) == (0, 1)):
+            found.close()
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
         if not st.S_ISREG(found.stat.st_mode):
             found.close()
             # Makes the kernel look the name up again and go on from what it is now.
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
         node = self.nodes.adopt(found, parent, name)
         try:
-            info = await self._open(node, flags, ctx)
+            info = await self._open(node, flags, ctx, unique)
             with self.nodes.borrow(node) as fd:
                 status = await self.work.short(ctx, os.fstat, fd)
         except BaseException:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
@@ -19,6 +20,8 @@ from lockfs.kernel.backing import Backing
 from lockfs.kernel.gates import Gates
 from lockfs.linux.files import proc_path
 from lockfs.protocol.messages import Owner
+
+log = logging.getLogger("lockfs.fs")
 
 
 class WriteRights(Base):
@@ -66,14 +69,26 @@ class WriteRights(Base):
                 handle.hold = await self.hold_to_write(handle.node, handle.manager, DAEMON)
                 handle.manager = None
                 self.open_gate(handle)
+                self.handles.took(handle)
+
+    def open_direct(self, fd: int, flags: int) -> int:
+        """Open a file once more, with O_DIRECT, if its data goes through this daemon; return -1 if that cannot be."""
+        if self.gates is None or self.backing is not None:
+            return -1
+        try:
+            return os.open(proc_path(fd), flags & ~os.O_TRUNC | os.O_DIRECT | os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError as error:
+            log.debug("no O_DIRECT on the storage: %s", error)
+            return -1
 
     def open_gate(self, handle: FileHandle) -> None:
         """Let the kernel module serve the data of an open file."""
-        if self.gates is not None:
-            hold = handle.hold if handle.writable else None
-            # As long as the file is open the image is held, and nobody else can change it.
-            trust = HELD_SECONDS if hold is not None and hold.mode is Mode.EXCLUSIVE else 0
-            self.gates.add(handle.number, handle.fd, handle.direct, guarded=hold is not None, trust=trust)
+        if self.gates is None or handle.fd < 0 or handle.manager is not None or handle.flags & os.O_APPEND:
+            return  # where writes append, one that is sent again must not be carried out again
+        hold = handle.hold if handle.writable else None
+        # As long as the file is open the image is held, and nobody else can change it.
+        trust = HELD_SECONDS if hold is not None and hold.mode is Mode.EXCLUSIVE else 0
+        self.gates.add(handle.number, handle.fd, handle.direct, guarded=hold is not None, trust=trust)
 
     def shut_gates(self, nodes: Collection[int]) -> None:
         """Have handlers refuse what comes for open files of fenced nodes."""

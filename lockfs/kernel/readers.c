@@ -245,11 +245,9 @@ static void heed_nothing(int signal)
     (void)signal;
 }
 
+/* Be ready.  The first request is read when pyfuse3 asks for one; until then somebody else may serve the connection. */
 int readers_start(int fd)
 {
-    int flags = fcntl(fd, F_GETFL);
-    if (flags < 0 || fcntl(fd, F_SETFL, flags & ~O_NONBLOCK) < 0)
-        return errno;
     sigaction(WAKE_UP, &(struct sigaction){.sa_handler = heed_nothing}, NULL); /* ends a read(2) */
     pthread_mutex_lock(&readers.lock);
     readers.stop = false;
@@ -260,8 +258,8 @@ int readers_start(int fd)
         readers.event = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
         if (readers.device < 0 || readers.event < 0)
             error = errno;
-        else if (!one_more_thread())
-            error = EAGAIN;
+        else
+            raise_event(); /* so that the first call of readers_take() comes at once */
     }
     pthread_mutex_unlock(&readers.lock);
     if (error)
@@ -302,6 +300,18 @@ bool readers_stop(void)
     return all;
 }
 
+/* With the lock held.  A read(2) is to wait, and to wake one thread only. */
+static void begin(void)
+{
+    int flags = fcntl(readers.device, F_GETFL);
+    if (flags < 0 || fcntl(readers.device, F_SETFL, flags & ~O_NONBLOCK) < 0)
+        readers.error = errno;
+    else if (!one_more_thread())
+        readers.error = EAGAIN;
+    if (readers.error)
+        raise_event();
+}
+
 int readers_event(void)
 {
     return readers.event;
@@ -312,6 +322,8 @@ int readers_event(void)
 ssize_t readers_take(void **bytes)
 {
     pthread_mutex_lock(&readers.lock);
+    if (!readers.threads && !readers.error)
+        begin();
     struct message *message = take(&readers.inbox);
     ssize_t size = message ? (ssize_t)message->size : -readers.error;
     if (!readers.inbox.first && !readers.error)

@@ -15,6 +15,7 @@ import trio
 from lockfs.backend import Busy, Grant, Holder, Host, Image, Mode
 from lockfs.errors import LockUnavailable
 from lockfs.linux.closer import Closer
+from lockfs.linux.deadline import Deadline
 from lockfs.lockd.descriptor import Descriptor
 from lockfs.lockd.events import Events
 from lockfs.lockd.lock import Lock
@@ -34,6 +35,7 @@ class FakeBackend:
     """
 
     excludes: bool = True
+    deadline: Deadline | None = None
     elsewhere: dict[int, Holder] = field(default_factory=dict)
     hang: dict[int, trio.Event] = field(default_factory=dict)
     fail: dict[int, Exception] = field(default_factory=dict)
@@ -125,7 +127,7 @@ class Lab:
         return Share(DEV, 1, source, "fake", {}, top, backend, storage)
 
     def mount(self, share: Share, name: str) -> Mounted:
-        mounted = Mounted(name, messages.Mount(share.source, f"/mnt/{name}", "ext4", {}, "fake"), 1, share)
+        mounted = Mounted(name, messages.Mount(share.source, f"/mnt/{name}", "ext4", {}, "fake"), 1, share, share.top)
         share.mounts[name] = mounted
         return mounted
 
