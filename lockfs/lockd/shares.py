@@ -88,7 +88,7 @@ class Shares:
                     share = await self._open(mount, source_fd, identity, spec, values)
                 _check_same(share, mount, values)
                 top = Descriptor(os.dup(source_fd), share.storage.closer)
-                mounted = Mounted(secrets.token_hex(8), mount, pid, share, top)
+                mounted = Mounted(secrets.token_hex(8), mount, pid, share, source=top)
                 self.mounts[mounted.mount_id] = share.mounts[mounted.mount_id] = mounted
         except trio.TooSlowError:
             raise MountError(f"the storage of {mount.source} does not answer") from None
@@ -196,8 +196,8 @@ class Shares:
         if pid != mounted.pid:
             return
         attachment = mounted.attachment
-        if attachment is not None and attachment.resumable and RESTARTS:
-            revival = mounted.revival = Revival(mounted, attachment, self._run_dir)
+        if attachment is not None and attachment.resumable and mounted.source is not None and RESTARTS:
+            revival = mounted.revival = Revival(mounted, attachment, mounted.source, self._run_dir)
             if await revival.run():
                 return
             mounted.revival = None
