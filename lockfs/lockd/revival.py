@@ -68,6 +68,8 @@ class Revival:
                 await self._await_death()
                 mounted.deaths = mounted.deaths + 1 if trio.current_time() < mounted.served_since + STEADY else 1
                 while mounted.deaths <= RESTARTS:
+                    if attachment.connection_has_ended():
+                        return False
                     await trio.sleep(LAST_PAUSE * ((mounted.deaths - 1) / RESTARTS) ** 2)
                     log.info("the daemon of %s (process %d) has died; another one is started", mountpoint, mounted.pid)
                     if await self._start():

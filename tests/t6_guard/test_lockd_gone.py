@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from harness import processes
@@ -60,9 +61,10 @@ def test_mounting_again_brings_it_back(mount: Mount, host: Host, storage: Path, 
 
 
 def test_a_mount_daemon_that_is_killed_frees_its_images(
-    host: Host, host_b: Host, storage: Path, tmp_path: Path, expect_log
+    make_host: Callable[..., Host], host_b: Host, storage: Path, tmp_path: Path, expect_log
 ) -> None:
     """Nothing can write through a daemon that is dead: where all data goes through it, its images are free at once."""
+    host = make_host("host-a", LOCKFS_RESTARTS="0")
     expect_log("the daemon of .* is dead", optional=True)
     a = host.mount(storage, tmp_path / "a", "wait=0.3,data=gated")
     b = host_b.mount(storage, tmp_path / "b", "wait=0.3")
@@ -80,9 +82,10 @@ def test_a_mount_daemon_that_is_killed_frees_its_images(
 
 
 def test_what_can_still_be_written_stays_locked_when_the_mount_daemon_is_killed(
-    host: Host, host_b: Host, storage: Path, tmp_path: Path, expect_log
+    make_host: Callable[..., Host], host_b: Host, storage: Path, tmp_path: Path, expect_log
 ) -> None:
     """Past the daemon, writing goes on without it; so does the lock, until the last handle is closed."""
+    host = make_host("host-a", LOCKFS_RESTARTS="0")
     expect_log("the daemon of .* is dead", optional=True)
     a = host.mount(storage, tmp_path / "a", "wait=0.3,data=passthrough")
     b = host_b.mount(storage, tmp_path / "b", "wait=0.3")
