@@ -98,6 +98,12 @@ class Attachment:
         except ProcessLookupError:
             pass
 
+    def has_ended(self) -> bool:
+        """Say whether the connection has ended, as by a forced unmount: then nobody can serve it any more."""
+        poll = select.poll()
+        poll.register(self.fuse.number, 0)
+        return any(event & select.POLLERR for _, event in poll.poll(0))
+
     def daemon_has_died(self) -> bool:
         """Say whether the mount daemon has ended, with all its threads."""
         poll = select.poll()

@@ -66,13 +66,15 @@ class Revival:
             with attachment.in_use(), attachment.fuse.in_use(), mounted.source.in_use(), attachment.namespace.in_use():
                 await self._await_death()
                 mounted.deaths = mounted.deaths + 1 if trio.current_time() < mounted.served_since + STEADY else 1
-                while mounted.deaths <= RESTARTS:
+                while mounted.deaths <= RESTARTS and not attachment.has_ended():
                     if mounted.deaths > PATIENT_STARTS:
                         await trio.sleep(min(FIRST_PAUSE * 2 ** (mounted.deaths - PATIENT_STARTS), LAST_PAUSE))
                     log.info("the daemon of %s (process %d) has died; another one is started", mountpoint, mounted.pid)
                     if await self._start():
                         return True
                     mounted.deaths += 1
+            if attachment.has_ended():
+                return False
             log.error(
                 "the daemon of %s has died %d times in a row and is not started any more; its log says why.  What is "
                 "open there stays locked while it can be written to.  End who uses it, unmount it, and mount it again",

@@ -292,7 +292,7 @@ class Shares:
             return
         attachment = mounted.attachment
         await self._succession.died(mounted)
-        if attachment is not None and attachment.resumable and RESTARTS:
+        if attachment is not None and attachment.resumable and RESTARTS and not attachment.has_ended():
             revival = mounted.revival = Revival(mounted, attachment, self._run_dir)
             if await revival.run():
                 return
