@@ -91,18 +91,18 @@ class Attachment:
         for each in (self.fuse, self.root, self.process, self.namespace):
             each.close()
 
+    def connection_has_ended(self) -> bool:
+        """Say whether the kernel has ended the connection: it was aborted, or is mounted nowhere any more."""
+        poll = select.poll()
+        poll.register(self.fuse.number, 0)
+        return any(events & select.POLLERR for _, events in poll.poll(0))
+
     def kill_daemon(self) -> None:
         """Send SIGKILL to the mount daemon."""
         try:
             signal.pidfd_send_signal(self.process.number, signal.SIGKILL)
         except ProcessLookupError:
             pass
-
-    def has_ended(self) -> bool:
-        """Say whether the connection has ended, as by a forced unmount: then nobody can serve it any more."""
-        poll = select.poll()
-        poll.register(self.fuse.number, 0)
-        return any(event & select.POLLERR for _, event in poll.poll(0))
 
     def daemon_has_died(self) -> bool:
         """Say whether the mount daemon has ended, with all its threads."""

@@ -93,8 +93,7 @@ class Shares:
         if there is not None or share is None or share.ended.cancel_called:
             return there
         mount = claim.mount.mount
-        top = Descriptor(os.dup(share.top.number), share.storage.closer)
-        ghost = Mounted(mount.mount_id, mount.mount, mount.pid, share, top, mount.since, detached=True, gone=True)
+        ghost = Mounted(mount.mount_id, mount.mount, mount.pid, share, mount.since, detached=True, gone=True)
         self.mounts[mount.mount_id] = share.mounts[mount.mount_id] = ghost
         return ghost
 
@@ -158,7 +157,7 @@ class Shares:
         if mount_id in self.mounts:
             raise MountError(f"{mount.mountpoint} is registered already, by process {self.mounts[mount_id].pid}")
         top = Descriptor(os.dup(source_fd), share.storage.closer)
-        mounted = Mounted(mount_id or secrets.token_hex(8), mount, pid, share, top)
+        mounted = Mounted(mount_id or secrets.token_hex(8), mount, pid, share, source=top)
         try:
             self._succession.register(mounted)
         except BaseException:
@@ -292,8 +291,8 @@ class Shares:
             return
         attachment = mounted.attachment
         await self._succession.died(mounted)
-        if attachment is not None and attachment.resumable and RESTARTS and not attachment.has_ended():
-            revival = mounted.revival = Revival(mounted, attachment, self._run_dir)
+        if attachment is not None and attachment.resumable and mounted.source is not None and RESTARTS:
+            revival = mounted.revival = Revival(mounted, attachment, mounted.source, self._run_dir)
             if await revival.run():
                 return
             mounted.revival = None
