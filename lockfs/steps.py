@@ -32,10 +32,41 @@ MOUNT_DAEMON = (
 )
 """Those of a mount daemon."""
 
-LOCKD: tuple[str, ...] = ()
+LOCKD: tuple[str, ...] = (
+    "lockd.before-replacement",
+    "lockd.after-replacement",
+    "lockd.before-mount-record",
+    "lockd.after-mount-record",
+    "lockd.before-attached-record",
+    "lockd.after-attached-record",
+    "lockd.before-left-record",
+    "lockd.after-left-record",
+    "lockd.before-hold-record",
+    "lockd.after-hold-record",
+    "lockd.before-backend-acquire",
+    "lockd.after-backend-acquire",
+    "lockd.before-backend-release",
+    "lockd.after-backend-release",
+    "lockd.before-free-record",
+    "lockd.after-free-record",
+    "lockd.before-lost-record",
+    "lockd.after-lost-record",
+    "lockd.before-adoption",
+    "lockd.after-adoption",
+    "lockd.before-adopted-record",
+    "lockd.after-adopted-record",
+)
 """Those of lockd."""
 
-STEPS = (*MOUNT_DAEMON, *LOCKD)
+HANDOVER = (
+    "handover.before-attach",
+    "handover.after-attach",
+    "handover.before-holds",
+    "handover.after-holds",
+)
+"""Those of a mount daemon that hands over to a new lockd what it holds."""
+
+STEPS = (*MOUNT_DAEMON, *LOCKD, *HANDOVER)
 
 _directory = os.environ.get(ENVIRONMENT)
 

@@ -70,6 +70,14 @@ def parser() -> argparse.ArgumentParser:
         "--inode", action="append", default=[], metavar="DEV:INO", help="an image by its numbers on the storage"
     )
     fence.add_argument("--reason", default="", metavar="TEXT", help="why, for the log and for who watches")
+    upgrade = commands.add_parser(
+        "upgrade",
+        parents=[common, shown],
+        help="replace the daemons of this host by this version",
+        description="Replace lockd and all mount daemons by this version; every lock and every open file stays. "
+        "If this version cannot read what they have written down, nothing is touched.",
+    )
+    upgrade.add_argument("--check", action="store_true", help="only see whether this version could take over")
     options = commands.add_parser("options", parents=[common], help="list the mount options")
     options.add_argument("backend", nargs="?", default="", metavar="BACKEND", help="only those of this backend")
     options.add_argument("--markdown", action="store_true", help="print a Markdown table")
@@ -96,6 +104,10 @@ def _run(arguments: argparse.Namespace) -> int:
             from lockfs.cli import fence
 
             return fence.run(arguments.image, arguments.inode, arguments.reason, directory, as_json=arguments.json)
+        case "upgrade":
+            from lockfs.cli import upgrade
+
+            return upgrade.check(directory) if arguments.check else upgrade.run(directory, as_json=arguments.json)
         case _:
             from lockfs.cli import option_help
 

@@ -152,7 +152,8 @@ async def _serve(
             bypass(operations, fd, found.dev, nursery)
         if operations.negotiated is not None:
             survival.begin_journal(request, operations, session.mount_id, found.dev)
-        nursery.start_soon(survival.vital, operations, partial(session.follow, mountpoint, obedience(operations)))
+        follow = partial(session.follow, mountpoint, obedience(operations), operations.guard.held)
+        nursery.start_soon(survival.vital, operations, follow)
         nursery.start_soon(unmount_on_signal, request.mountpoint)
         nursery.start_soon(_announce, request, operations, session, fd, ready)
         await survival.vital(operations, answer)

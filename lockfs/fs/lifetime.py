@@ -81,6 +81,7 @@ async def detach_when_unmounted(session: LockdSession, mountpoint: bytes, dev: i
             pause = min(2 * pause, _LAST_PAUSE)
     except LockUnavailable as error:
         log.info("%s is unmounted, and lockd cannot be told: %s", shown, error)
+        session.let_go()
 
 
 def obey(order: Order, nodes: NodeTable, guard: Guard) -> None:

@@ -57,7 +57,9 @@ async def take_over(heir: Heir) -> None:
     request = _request(state, heir.run_dir)
     step("resume.before-registration")
     wait = float(str(request.options.values["wait"]))
-    session = await LockdSession.resume(heir.run_dir, heir.mount_id, heir.token, wait)
+    session = await LockdSession.resume(
+        heir.run_dir, heir.mount_id, heir.token, wait, heir.source_fd, heir.fuse_fd
+    )
     step("resume.after-registration")
     try:
         async with trio.open_nursery() as nursery:
@@ -133,7 +135,8 @@ async def _follow(
     obey: lifetime.Obey,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    await survival.vital(operations, partial(session.follow, task_status=task_status), shown, obey)
+    follow = partial(session.follow, task_status=task_status)
+    await survival.vital(operations, follow, shown, obey, operations.guard.held)
 
 
 async def _reclaim(operations: Operations, session: LockdSession) -> None:

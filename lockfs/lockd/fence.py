@@ -52,21 +52,27 @@ class Fencer:
         self._table = table
         self._events = events
         self._stragglers = Stragglers(nursery)
-        self._lost: list[Lock] = []
+        self._lost: dict[str, list[Lock]] = {}
 
     def lose(self, share: Share, grant: Grant) -> None:
         """Take note that a backend can no longer keep a grant: nothing more is granted for it, and it is fenced."""
         lock = self._table.lose(share, grant)
-        if lock is None:
-            return
-        self._lost.append(lock)
-        if len(self._lost) == 1:
+        if lock is not None:
+            self.lose_lock(lock, "the backend can no longer keep its lock")
+
+    def lose_lock(self, lock: Lock, why: str) -> None:
+        """Grant nothing more of a lock, and fence its image."""
+        self._table.mark_lost(lock, why)
+        if not self._lost:
             self._nursery.start_soon(self._fence_lost)
+        self._lost.setdefault(why, []).append(lock)
 
     async def _fence_lost(self) -> None:
         await trio.sleep(GATHER)
-        lost, self._lost = self._lost, []
-        await self.fence(lost, "the backend can no longer keep its lock")
+        lost, self._lost = self._lost, {}
+        async with trio.open_nursery() as nursery:
+            for why, locks in lost.items():
+                nursery.start_soon(self.fence, locks, why)
 
     async def fence_these(self, images: Sequence[FenceTarget], reason: str) -> list[FenceResult]:
         """Fence the images that an admin names; return what became of each, in their order."""

@@ -23,7 +23,9 @@ from lockfs.lockd.fence import Fencer
 from lockfs.lockd.lock import Lock
 from lockfs.lockd.share import Mounted
 from lockfs.lockd.shares import Shares
+from lockfs.lockd.succession import Succession
 from lockfs.lockd.table import Ask, Table
+from lockfs.lockd.upgrade import Version
 from lockfs.protocol import messages
 from lockfs.protocol.varlink import MESSAGE_LIMIT, ProtocolError
 
@@ -76,8 +78,19 @@ class Answer:
 class Service:
     """What the interface does.  Methods raise `LockfsError` for what goes to the caller as an error."""
 
-    def __init__(self, table: Table, shares: Shares, fencer: Fencer, events: Events, run_dir: str) -> None:
+    def __init__(
+        self,
+        table: Table,
+        shares: Shares,
+        fencer: Fencer,
+        succession: Succession,
+        events: Events,
+        run_dir: str,
+        replace: Callable[[Version], Awaitable[None]],
+    ) -> None:
+        self._replace = replace
         self._table = table
+        self._succession = succession
         self._shares = shares
         self._fencer = fencer
         self._events = events
@@ -105,6 +118,9 @@ class Service:
                 return Answer(messages.Attached())
             case messages.Detach():
                 return Answer(messages.Detached(self._shares.detach(self._shares.get(request.mount_id, client.pid))))
+            case messages.HandOver():
+                await self._hand_over(client, request, fds)
+                return Answer(messages.HandedOver())
             case messages.Resume():
                 return await self._resume(client, request)
             case messages.Claim():
@@ -115,10 +131,15 @@ class Service:
                 return Answer(messages.Reclaimed(), self._table.kept(mounted, request.dev, request.ino))
             case messages.TakeOver():
                 mounted = self._shares.get(request.mount_id, client.pid)
-                return Answer(messages.TakenOver(await self._shares.take_over(mounted)))
+                return await self._take_over(mounted)
             case messages.Obeyed():
                 self._shares.get(request.mount_id, client.pid).orders.obeyed(request.serial)
                 return Answer(messages.Noted())
+            case messages.Upgrade():
+                await self._replace(Version(request.python, request.path))
+                return Answer(messages.Upgrading())
+            case messages.Replace():
+                return Answer(messages.Replaced(await self._shares.replace_daemon(request.mount_id)))
             case messages.Fence():
                 return Answer(messages.Fenced(await self._fencer.fence_these(request.images, request.reason)))
             case messages.ListLocks():
@@ -144,11 +165,18 @@ class Service:
     async def _register(self, client: Client, request: messages.Register, fds: Descriptors) -> Answer:
         if client.mounted is not None:
             raise ProtocolError("this connection is the life line of another mount already")
-        mounted = await self._shares.join(request.mount, fds.peek(request.source_fd), client.pid)
+        mounted = await self._shares.join(request.mount, fds.peek(request.source_fd), client.pid, request.mount_id)
         client.mounted = mounted
         return Answer(
             messages.Registered(mounted.mount_id, self._shares.host, mounted.share.backend.excludes),
         )
+
+    async def _take_over(self, mounted: Mounted) -> Answer:
+        fenced = await self._shares.take_over(mounted)
+        attachment = mounted.attachment
+        if attachment is None:
+            raise LockUnavailable(f"{mounted.mount.mountpoint} has been unmounted")
+        return Answer(messages.TakenOver(attachment.dev, attachment.data, fenced), [attachment.root.number])
 
     async def _resume(self, client: Client, request: messages.Resume) -> Answer:
         if client.mounted is not None:
@@ -160,7 +188,7 @@ class Service:
                 self._hung_up = trio.Event()
                 await self._hung_up.wait()
         client.mounted = self._shares.resume(request.mount_id, request.token, client.pid)
-        return Answer(messages.Resumed())
+        return Answer(messages.Resumed(client.mounted.mount))
 
     @contextmanager
     def serving(self, client: Client) -> Iterator[None]:
@@ -186,6 +214,17 @@ class Service:
         fds.take(request.root_fd)
         fds.take(request.fuse_fd)
 
+    async def _hand_over(self, client: Client, request: messages.HandOver, fds: Descriptors) -> None:
+        mounted = self._shares.get(request.mount_id, client.pid)
+        for each in request.images:
+            for index in (each.lock_fd, *each.keep_fds) if each.lock_fd >= 0 else each.keep_fds:
+                fds.peek(index)
+        images = [
+            (each, fds.take(each.lock_fd) if each.lock_fd >= 0 else -1, [fds.take(index) for index in each.keep_fds])
+            for each in request.images
+        ]
+        await self._succession.hand_over(mounted, images, last=request.last)
+
     async def _acquire(self, client: Client, request: messages.Acquire, fds: Descriptors) -> Answer:
         mounted = self._shares.get(request.mount_id, client.pid)
         if mounted.detached:
@@ -206,7 +245,9 @@ class Service:
         lock = await self._table.acquire(ask)
         # From here to the answer nothing may wait: a hold that nobody answers for would stay.
         return Answer(
-            messages.Acquired(lock.since, lock.grant.token if lock.grant else None),
+            messages.Acquired(
+                lock.since, lock.grant.token if lock.grant else None, ask.first, ask.first and lock.fd is not ask.fd
+            ),
             _to_keep(lock, ask) if ask.first else (),
             partial(self._table.release, mounted, image.dev, image.ino, owner.key, mode),
         )

@@ -51,6 +51,37 @@ class Share:
         """An overdue call has ended, which means nothing for the share."""
 
 
+class Adopting:
+    """The images of a mount that has come back whose locks the backend has yet to take up."""
+
+    def __init__(self) -> None:
+        self._images: set[tuple[int, int]] = set()
+        self._none = trio.Event()
+        self._none.set()
+
+    def __contains__(self, identity: tuple[int, int]) -> bool:
+        return identity in self._images
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def add(self, identity: tuple[int, int]) -> None:
+        """Begin with one."""
+        if not self._images:
+            self._none = trio.Event()
+        self._images.add(identity)
+
+    def discard(self, identity: tuple[int, int]) -> None:
+        """One is done."""
+        self._images.discard(identity)
+        if not self._images:
+            self._none.set()
+
+    async def done(self) -> None:
+        """Return when all are."""
+        await self._none.wait()
+
+
 @dataclass(slots=True, eq=False)
 class Mounted:
     """A registered mount.  `pid` is that of its daemon, which alone may speak for it.
@@ -59,7 +90,8 @@ class Mounted:
     and gets no more locks.  `source` is its source directory.  While a successor of its daemon is being started, there
     is a `revival`; `restarts` counts them, `deaths` how often in a row one has died soon after it served.  `gone` says
     that the daemon has ended for good; a `keeper` then answers in its place while there may be somebody who can write.
-    `fenced` has the node ids that were fenced.
+    `fenced` has the node ids that were fenced.  `handed_over` says that the mount, which had come back, has said all
+    that it holds.
     """
 
     mount_id: str
@@ -74,6 +106,8 @@ class Mounted:
     orders: Orders = field(default_factory=Orders)
     fenced: set[int] = field(default_factory=set)
     keeper: Keeper | None = None
+    adopting: Adopting = field(default_factory=Adopting)
+    handed_over: bool = False
     revival: Revival | None = None
     restarts: int = 0
     deaths: int = 0

@@ -131,11 +131,16 @@ class MountInfo(msgspec.Struct, frozen=True, omit_defaults=True):
 # Calls -------------------------------------------------------------------------------------------
 
 
-class Register(msgspec.Struct, frozen=True):
-    """The connection that makes this call is the mount's life line: it closes when the mount daemon ends."""
+class Register(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The connection that makes this call is the mount's life line: it closes when the mount daemon ends.
+
+    With *mount_id* a mount that was registered before comes back, after lockd or its daemon was restarted; `HandOver`
+    follows.
+    """
 
     mount: Mount
     source_fd: int = 0
+    mount_id: str = ""
 
 
 class Registered(msgspec.Struct, frozen=True):
@@ -165,11 +170,14 @@ class Acquired(msgspec.Struct, frozen=True, omit_defaults=True):
     """`since` and `token` are those of the lock.
 
     Descriptors that ride along come with the first hold that a mount has on an image, and must be kept open
-    until its last one is released: the lock lives in them too.
+    until its last one is released: the lock lives in them too.  `first` says that this is such a hold; with `foreign`
+    the first of the descriptors is the one that the lock was put on, without it that is the one of the call.
     """
 
     since: float
     token: int | None = None
+    first: bool = False
+    foreign: bool = False
 
 
 class Release(msgspec.Struct, frozen=True):
@@ -184,6 +192,45 @@ class Release(msgspec.Struct, frozen=True):
 
 class Released(msgspec.Struct, frozen=True):
     """Another owner, here or elsewhere, gets the image now unless there are other holds."""
+
+
+class HeldBy(msgspec.Struct, frozen=True, omit_defaults=True):
+    """That one owner holds an image through a mount, *count* times; *nodes* as `Acquire.node`, *since* for people."""
+
+    owner: Owner
+    mode: ModeName
+    count: int = 1
+    nodes: list[int] = []
+    since: float = 0.0
+
+
+class HeldImage(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What is held of one image through a mount.
+
+    *lock_fd* is the descriptor that the lock was put on, *keep_fds* the others that came with it; -1 and none if the
+    mount has none.  *lost* says that the image was fenced.
+    """
+
+    image: Image
+    holds: list[HeldBy]
+    lock_fd: int = -1
+    keep_fds: list[int] = []
+    lost: bool = False
+
+
+class HandOver(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A mount that has come back says what it holds; the last one of these calls has *last*.
+
+    What is listed in none of them it does not hold.
+    """
+
+    mount_id: str
+    images: list[HeldImage] = []
+    last: bool = False
+
+
+class HandedOver(msgspec.Struct, frozen=True):
+    """lockd has it.  What it finds lost is being fenced."""
 
 
 class Inspect(msgspec.Struct, frozen=True):
@@ -248,6 +295,8 @@ class Resume(msgspec.Struct, frozen=True):
 class Resumed(msgspec.Struct, frozen=True):
     """The successor may claim what the daemon before has held."""
 
+    mount: Mount
+
 
 class Claimed(msgspec.Struct, frozen=True):
     """A hold: that of one owner on an image in one mode."""
@@ -291,8 +340,13 @@ class TakeOver(msgspec.Struct, frozen=True):
 
 
 class TakenOver(msgspec.Struct, frozen=True, omit_defaults=True):
-    """`fenced` are the numbers by which the kernel knows what has been fenced on the mount."""
+    """`fenced` are the numbers by which the kernel knows what has been fenced on the mount.
 
+    With it comes the root of the mount, which the successor needs, as `dev` and `data`, to attach to a later lockd.
+    """
+
+    dev: int
+    data: DataPath
     fenced: list[int] = []
 
 
@@ -349,6 +403,32 @@ class Fence(msgspec.Struct, frozen=True, omit_defaults=True):
 
     images: list[FenceTarget]
     reason: str = ""
+
+
+class Upgrade(msgspec.Struct, frozen=True):
+    """Have lockd replaced by another version: the interpreter, and the directory that the package is in.
+
+    It may be refused; then nothing has changed.  Else lockd ends all connections soon, and is back in a moment.
+    """
+
+    python: str
+    path: str
+
+
+class Upgrading(msgspec.Struct, frozen=True):
+    """The new version can take over."""
+
+
+class Replace(msgspec.Struct, frozen=True):
+    """Have the daemon of a mount replaced by one of the version that lockd is of."""
+
+    mount_id: str
+
+
+class Replaced(msgspec.Struct, frozen=True):
+    """`done` is false if there is no successor, and the daemon is the one it was."""
+
+    done: bool
 
 
 class KilledProcess(msgspec.Struct, frozen=True):
@@ -483,6 +563,9 @@ METHODS: dict[str, tuple[type[msgspec.Struct], type[msgspec.Struct]]] = {
     "Orders": (Orders, Order),
     "Obeyed": (Obeyed, Noted),
     "Fence": (Fence, Fenced),
+    "HandOver": (HandOver, HandedOver),
+    "Upgrade": (Upgrade, Upgrading),
+    "Replace": (Replace, Replaced),
 }
 """Each method with the types of its call and its reply; the class of a call has the method's name."""
 

@@ -114,7 +114,12 @@ def ensure_lockd(path: str) -> None:
         return
     with _start_lock(path):
         if not is_running(path):
-            _start(path)
+            try:
+                _start(path)
+            except SystemError_:
+                # Somebody may have begun to start one, and died.
+                if not is_running(path):
+                    raise
 
 
 @contextlib.contextmanager
