@@ -127,7 +127,7 @@ class Lab:
         return Share(DEV, 1, source, "fake", {}, top, backend, storage)
 
     def mount(self, share: Share, name: str) -> Mounted:
-        mounted = Mounted(name, messages.Mount(share.source, f"/mnt/{name}", "ext4", {}, "fake"), 1, share, share.top)
+        mounted = Mounted(name, messages.Mount(share.source, f"/mnt/{name}", "ext4", {}, "fake"), 1, share)
         share.mounts[name] = mounted
         return mounted
 
