@@ -252,9 +252,10 @@ async def _announce(
     await survival.vital(operations, lifetime.detach_when_unmounted, session, request.mountpoint, dev)
 
 
-async def unmount_on_signal(mountpoint: bytes) -> None:
+async def unmount_on_signal(mountpoint: bytes, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
     """On SIGTERM, unmount; a mount that is in use stays, since to end would fail every write on it."""
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        task_status.started()
         async for number in signals:
             name = signal.Signals(number).name
             try:

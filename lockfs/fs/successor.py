@@ -110,6 +110,8 @@ async def _resume(
     obey = daemon.obedience(operations)
     operations.attached = True
     await nursery.start(partial(_follow, operations, session, shown, obey))
+    # Before it is known that we serve: a signal that comes then is for the mount.
+    await nursery.start(daemon.unmount_on_signal, request.mountpoint)
     step("resume.before-take-over")
     fenced = set(await session.take_over())
     operations.shut_gates(fenced)
@@ -121,7 +123,6 @@ async def _resume(
     step("resume.after-resend")
     log.info("took over %s, with %d open files", shown, len(operations.handles))
     nursery.start_soon(_reclaim, operations, session)
-    nursery.start_soon(daemon.unmount_on_signal, request.mountpoint)
     nursery.start_soon(
         survival.vital, operations, lifetime.detach_when_unmounted, session, request.mountpoint, state.begin.dev
     )
