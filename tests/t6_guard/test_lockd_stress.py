@@ -14,6 +14,7 @@ from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
 
+import pytest
 from harness import mounts, processes
 from harness.actor import Actor, Refused
 from harness.host import Host, Mount
@@ -26,6 +27,7 @@ from t6_guard.ways import HELPERS
 ROUNDS = int(os.environ.get("LOCKFS_ROUNDS") or 6)
 SEED = int(os.environ.get("LOCKFS_SEED") or time.time_ns() % 1_000_000)
 SOON = 30.0
+pytestmark = pytest.mark.timeout(120 + 10 * ROUNDS)
 
 
 class Hammer:
