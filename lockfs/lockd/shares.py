@@ -18,6 +18,7 @@ import trio
 from lockfs import options, text
 from lockfs.backend import Backend, Context, Spec, find
 from lockfs.errors import LockfsError, MountError
+from lockfs.linux import fuseinode
 from lockfs.lockd.aftermath import Aftermath
 from lockfs.lockd.attachment import Attachment
 from lockfs.lockd.claims import Claim
@@ -248,6 +249,8 @@ class Shares:
             mounted.keeper = None
         mounted.revival.succeed()
         self._tell("daemon-restarted", mounted)
+        if mounted.fenced and mounted.attachment is not None:
+            self._nursery.start_soon(_declare_bad, mounted.attachment, sorted(mounted.fenced))
         return sorted(mounted.fenced)
 
     def check_expendable(self) -> None:
@@ -350,6 +353,12 @@ class Shares:
 
     def _tell(self, kind: str, mounted: Mounted) -> None:
         self._events.publish(messages.Event(kind, time.time(), mountpoint=mounted.mount.mountpoint))
+
+
+async def _declare_bad(attachment: Attachment, nodes: Sequence[int]) -> None:
+    """Have the kernel refuse all I/O on what was fenced while there was no mount daemon."""
+    call = partial(fuseinode.fence, attachment.root.number)
+    await attachment.requests.for_each(STORAGE_TIMEOUT, call, nodes, {}, [attachment.root])
 
 
 def parse_options(spec: Spec, given: Mapping[str, str]) -> dict[str, object]:
