@@ -128,7 +128,8 @@ class Service:
                 return Answer(messages.Claims(self._shares.claim(mounted, request)))
             case messages.Reclaim():
                 mounted = self._shares.get(request.mount_id, client.pid)
-                return Answer(messages.Reclaimed(), self._table.kept(mounted, request.dev, request.ino))
+                token, keep = self._table.kept(mounted, request.dev, request.ino)
+                return Answer(messages.Reclaimed(token), keep)
             case messages.TakeOver():
                 mounted = self._shares.get(request.mount_id, client.pid)
                 return await self._take_over(mounted)
