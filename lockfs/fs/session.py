@@ -156,6 +156,11 @@ class LockdSession:
         self._attachment = _Attachment(answer.dev, answer.data, root_fd, self._fuse_fd, resumable=True)
         return answer.fenced
 
+    async def known(self, nodes: list[int]) -> set[int]:
+        """Return those nodes that the kernel knows.  Raises `LockUnavailable`."""
+        answer, _ = await self._client.call(messages.Known(self._mount_id, nodes), messages.KnownNodes)
+        return set(answer.nodes)
+
     async def reclaim(self, image: messages.Image) -> list[int]:
         """Return the descriptors that are to be kept with the lock of an image.  Raises `LockfsError`."""
         call = messages.Reclaim(self._mount_id, image.dev, image.ino)

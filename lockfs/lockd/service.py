@@ -129,6 +129,9 @@ class Service:
             case messages.Reclaim():
                 mounted = self._shares.get(request.mount_id, client.pid)
                 return Answer(messages.Reclaimed(), self._table.kept(mounted, request.dev, request.ino))
+            case messages.Known():
+                mounted = self._shares.get(request.mount_id, client.pid)
+                return Answer(messages.KnownNodes(await self._shares.known(mounted, request.nodes)))
             case messages.TakeOver():
                 mounted = self._shares.get(request.mount_id, client.pid)
                 return await self._take_over(mounted)

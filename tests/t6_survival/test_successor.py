@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 from harness import mounts, processes
 from harness.actor import Actor
@@ -20,6 +21,10 @@ from t2_linux.puppet import Puppet
 from t6_guard.fencing import fence
 from t6_guard.ways import HELPERS
 from t6_survival.successors import PATIENCE, kill, restarts, serving, told, wait_for_restart
+
+from lockfs.fs.journal import records
+from lockfs.fs.journal.records import decode
+from lockfs.fs.journal.state import replay
 
 DATA = ("gated", "passthrough")
 
@@ -231,6 +236,30 @@ def test_whoever_is_killed_while_it_waits_leaves_nothing(mounted: Mount, program
     program.process.kill()
     os.kill(pid, signal.SIGCONT)
     wait_until(lambda: program.process.poll() is not None, PATIENCE, "the program to end")
+    wait_until(lambda: not host.locks(), PATIENCE, "the image to be free")
+
+
+def test_what_is_open_for_nobody_is_closed(mounted: Mount, program: Puppet, host: Host) -> None:
+    """Of two open files whose answers the kernel may not have taken, one is in use, and of the other it knows nothing."""
+    program.tell("fd = os.open(path, os.O_RDWR); os.fstat(fd)")
+    (journal,) = (host.run_dir / "mounts").iterdir()
+    pid = held_back(mounted)
+    state = replay(journal.read_bytes())
+    (mine,) = (each for each in state.files.values() if each.hold is not None)
+    node = state.nodes[mine.node].found
+    unknown = msgspec.structs.replace(node, node=1000, lookups=1)
+    nobodys = msgspec.structs.replace(mine, serial=1000, number=1000, node=1000, unique=4, hold=None, answered=False, counted=False)
+    kept = [each for each in decode(journal.read_bytes()) if not isinstance(each, records.Answered)]
+    journal.write_bytes(b"".join(map(records.encode, [*kept, unknown, nobodys])))
+    os.kill(pid, signal.SIGCONT)
+    program.tell("os.fstat(fd)")
+    wait_until(lambda: "was open for nobody" in host.log(), PATIENCE, "one to be closed")
+    program.tell("os.stat(path)")
+    state = replay(journal.read_bytes())
+    assert [each.serial for each in state.files.values() if each.node == 1000] == []
+    assert 1000 not in state.nodes
+    assert [each.serial for each in state.files.values() if each.hold is not None] == [mine.serial]
+    assert program.tell("os.pwrite(fd, b'C', 0), os.close(fd)")[0] == 1
     wait_until(lambda: not host.locks(), PATIENCE, "the image to be free")
 
 
