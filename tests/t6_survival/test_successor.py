@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -119,6 +120,31 @@ def test_a_mapping_keeps_the_image(mounted: Mount, program: Puppet, other: Mount
             assert asker.result("open", other / "image", os.O_RDWR) == "EBUSY"
         program.tell("libc.munmap(ctypes.c_void_p(address), 4096)")
         wait_until(lambda: asker.result("open", other / "image", os.O_RDWR) == "ok", PATIENCE, "the image to be free")
+
+
+def test_storage_without_file_handles(host: Host, storage: Path, tmp_path: Path) -> None:
+    """There a name is all that leads to a file again: what has none any more is gone, and says so."""
+    for name in ("lower", "upper", "work"):
+        (tmp_path / name).mkdir()
+    options = f"lowerdir={tmp_path}/lower,upperdir={tmp_path}/upper,workdir={tmp_path}/work"
+    subprocess.run(["mount", "-t", "overlay", "-o", options, "overlay", storage], check=True)
+    try:
+        (storage / "image").write_bytes(b"content")
+        mount = host.mount(storage, tmp_path / "mnt")
+        assert "has no file handles" in host.log()
+        with Puppet() as program:
+            program.tell(HELPERS, top=str(mount.path))
+            program.tell("os.mkdir(top + '/d'); fd = os.open(top + '/image', os.O_RDWR); d = os.open(top + '/d', os.O_RDONLY)")
+            kill(mount)
+            assert program.tell("os.pwrite(fd, b'C', 0), os.fstat(fd).st_size") == [1, 7]
+            program.tell("os.rename(top + '/image', top + '/d/moved'); os.close(os.open('new', os.O_RDWR | os.O_CREAT, dir_fd=d))")
+            kill(mount)
+            assert program.tell("os.pread(fd, 7, 0) == b'Content' and sorted(os.listdir(top + '/d')) == ['moved', 'new']")
+            program.tell("os.close(fd); os.close(d)")
+        wait_until(lambda: not host.locks(), PATIENCE, "the image to be free")
+        mount.umount()
+    finally:
+        wait_until(lambda: not mounts.umount(storage), PATIENCE, "the storage to be let go")
 
 
 def test_owners_are_told_apart_still(host: Host, storage: Path, tmp_path: Path) -> None:
