@@ -55,6 +55,7 @@ class Held:
     lock_fd: int
     keep_fds: Sequence[int]
     lost: bool
+    token: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,11 +162,11 @@ class LockdSession:
         answer, _ = await self._client.call(messages.Known(self._mount_id, nodes), messages.KnownNodes)
         return set(answer.nodes)
 
-    async def reclaim(self, image: messages.Image) -> list[int]:
-        """Return the descriptors that are to be kept with the lock of an image.  Raises `LockfsError`."""
+    async def reclaim(self, image: messages.Image) -> tuple[int | None, list[int]]:
+        """Return the token of the lock of an image, and the descriptors to keep with it.  Raises `LockfsError`."""
         call = messages.Reclaim(self._mount_id, image.dev, image.ino)
-        _, keep = await self._client.call(call, messages.Reclaimed)
-        return keep
+        reclaimed, keep = await self._client.call(call, messages.Reclaimed)
+        return reclaimed.token, keep
 
     # Calls -----------------------------------------------------------------------------------------
 
@@ -387,6 +388,6 @@ def _parts(held: Sequence[Held]) -> list[tuple[list[HeldImage], list[int]]]:
         at = len(fds)
         keep_at = at + (each.lock_fd >= 0)
         keep = list(range(keep_at, keep_at + len(each.keep_fds)))
-        images.append(HeldImage(each.image, each.holds, at if each.lock_fd >= 0 else -1, keep, each.lost))
+        images.append(HeldImage(each.image, each.holds, at if each.lock_fd >= 0 else -1, keep, each.lost, each.token))
         fds += more
     return parts

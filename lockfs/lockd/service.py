@@ -128,7 +128,8 @@ class Service:
                 return Answer(messages.Claims(self._shares.claim(mounted, request)))
             case messages.Reclaim():
                 mounted = self._shares.get(request.mount_id, client.pid)
-                return Answer(messages.Reclaimed(), self._table.kept(mounted, request.dev, request.ino))
+                token, keep = self._table.kept(mounted, request.dev, request.ino)
+                return Answer(messages.Reclaimed(token), keep)
             case messages.Known():
                 mounted = self._shares.get(request.mount_id, client.pid)
                 return Answer(messages.KnownNodes(await self._shares.known(mounted, request.nodes)))

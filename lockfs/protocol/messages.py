@@ -208,7 +208,7 @@ class HeldImage(msgspec.Struct, frozen=True, omit_defaults=True):
     """What is held of one image through a mount.
 
     *lock_fd* is the descriptor that the lock was put on, *keep_fds* the others that came with it; -1 and none if the
-    mount has none.  *lost* says that the image was fenced.
+    mount has none.  *token* is that of the lock.  *lost* says that the image was fenced.
     """
 
     image: Image
@@ -216,6 +216,7 @@ class HeldImage(msgspec.Struct, frozen=True, omit_defaults=True):
     lock_fd: int = -1
     keep_fds: list[int] = []
     lost: bool = False
+    token: int | None = None
 
 
 class HandOver(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -329,8 +330,10 @@ class Reclaim(msgspec.Struct, frozen=True):
     ino: int
 
 
-class Reclaimed(msgspec.Struct, frozen=True):
-    """The descriptors ride along; none if the image is not held."""
+class Reclaimed(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The descriptors ride along; none if the image is not held.  `token` is that of the lock."""
+
+    token: int | None = None
 
 
 class Known(msgspec.Struct, frozen=True):

@@ -14,6 +14,7 @@ from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
 
+import pytest
 from harness import mounts, processes
 from harness.actor import Actor, Refused
 from harness.host import Host, Mount
@@ -23,9 +24,12 @@ from harness.waiting import wait_until
 from t2_linux.puppet import Puppet
 from t6_guard.ways import HELPERS
 
+from lockfs.protocol.start import is_running
+
 ROUNDS = int(os.environ.get("LOCKFS_ROUNDS") or 6)
 SEED = int(os.environ.get("LOCKFS_SEED") or time.time_ns() % 1_000_000)
 SOON = 30.0
+pytestmark = pytest.mark.timeout(120 + 10 * ROUNDS)
 
 
 class Hammer:
@@ -90,7 +94,9 @@ def test_killed_at_random_moments(host: Host, host_b: Host, storage: Path, tmp_p
         loads = [stack.enter_context(Load(mount.path, f"disk{number}")) for number, mount in enumerate((one, two, other))]
         hammer = Hammer("wanted", [one, two, other, other], tmp_path / "inside")
         stack.callback(hammer.stop)
-        for _ in range(ROUNDS):
+        for turn in range(ROUNDS):
+            if turn % 4:  # every fourth one is killed while it starts
+                wait_until(lambda: is_running(str(host.run_dir)), SOON, "a lockd to serve")
             time.sleep(rng.choice((0.0, rng.random() * 0.3, rng.random() * 1.5)))
             for pid in host.processes("lockfs.lockd"):
                 kill(pid)

@@ -25,6 +25,7 @@ from lockfs.protocol.start import SOCKET, short_path
 ROUNDS = int(os.environ.get("LOCKFS_ROUNDS") or 2)
 HERE = Path(lockfs.__file__).parents[1]
 SOON = 15.0
+pytestmark = pytest.mark.timeout(120 + 20 * ROUNDS)
 
 
 @pytest.fixture
@@ -49,6 +50,12 @@ def upgrade(host: Host, path: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
 
 
+def children(pid: int) -> str:
+    """Return the states of the children of a process."""
+    command = ["ps", "-o", "stat=", "--ppid", str(pid)]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout
+
+
 def test_to_another_version_and_back_under_load(
     mount: Mount, host: Host, host_b: Host, storage: Path, tmp_path: Path, next_version: Path
 ) -> None:
@@ -71,6 +78,7 @@ def test_to_another_version_and_back_under_load(
             load.check()
         holder.call("open", mount / "stop", os.O_RDWR | os.O_CREAT)
         turns, longest = load.finish()
+        wait_until(lambda: "Z" not in children(host.lockd()), SOON, "those that were replaced to be gone")
         print(f"\n{ROUNDS} upgrades: {turns} turns of the load, the longest took {longest:.3f} s")
     wait_until(lambda: host.locks() == [], SOON, "all to be given back")
 
