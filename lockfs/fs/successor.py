@@ -18,7 +18,7 @@ import trio
 from lockfs import options, text
 from lockfs.backend import Mode
 from lockfs.errors import LockfsError
-from lockfs.fs import connection, daemon, lifetime, survival
+from lockfs.fs import connection, daemon, doubt, lifetime, survival
 from lockfs.fs.daemon import MAX_TASKS, Request
 from lockfs.fs.handles import DirectoryHandle, FileHandle
 from lockfs.fs.journal import records
@@ -123,6 +123,7 @@ async def _resume(
     step("resume.after-resend")
     log.info("took over %s, with %d open files", shown, len(operations.handles))
     nursery.start_soon(_reclaim, operations, session)
+    nursery.start_soon(survival.vital, operations, doubt.resolve, operations, session, heir.fuse_fd)
     nursery.start_soon(
         survival.vital, operations, lifetime.detach_when_unmounted, session, request.mountpoint, state.begin.dev
     )
@@ -196,7 +197,7 @@ def _handle(operations: Operations, node: Node, opened: records.Opened) -> FileH
         node, -1, opened.writable, opened.uncached,
         hold=None if hold is None else operations.guard.restore(node, Mode(hold.mode), hold.owner),
         manager=opened.manager, counted=opened.counted, mappable=opened.mappable, flags=opened.flags, uid=opened.uid,
-        gid=opened.gid, unique=opened.unique, serial=opened.serial, inherited=True,
+        gid=opened.gid, unique=opened.unique, serial=opened.serial, answered=opened.answered, inherited=True,
     )  # fmt: skip
 
 
