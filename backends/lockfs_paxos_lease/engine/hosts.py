@@ -160,14 +160,13 @@ class Hosts:
         """Say whether a shared hold of that generation may still be in use, as of the last look.  In doubt it is.
 
         What counts is how long the host had stood still when the last look began: a watch that has not looked since
-        knows nothing of now.
+        knows nothing of now.  Of a generation that it has not seen yet it knows nothing, either: the host may have been
+        dead, and back since.
         """
         slot = self._slots.get(host_id)
-        if slot is None:
+        if slot is None or slot.generation < generation:
             return True
-        if slot.timestamp == 0 and slot.generation >= generation:
-            return False
-        if slot.generation > generation:
+        if slot.generation > generation or slot.timestamp == 0:
             return False
         if self.is_confirmed(host_id, slot.generation, slot.timestamp):
             return False
