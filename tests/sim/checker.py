@@ -65,6 +65,8 @@ class Checker:
         self.sessions: dict[str, list[Session]] = {}
         self.tokens: dict[str, tuple[int, int]] = {}
         """The highest token of each resource: of all sessions, of exclusive ones."""
+        self.orphans: set[str] = set()
+        """Resources whose holder has died."""
         self.grants = 0
         self.takeovers = 0
         self.late = 0
@@ -83,6 +85,9 @@ class Checker:
         self._exclude(session)
         self.sessions.setdefault(resource, []).append(session)
         self.grants += 1
+        if resource in self.orphans:
+            self.orphans.remove(resource)
+            self.takeovers += 1
         self._token(session)
         return session
 
@@ -102,8 +107,9 @@ class Checker:
         """A host lost its power; a daemon that dies alone does not count."""
         for sessions in self.sessions.values():
             for session in sessions:
-                if session.machine is machine:
+                if session.machine is machine and session.open:
                     session.open = False
+                    self.orphans.add(session.resource)
         self.books[machine.number].until = -1.0
 
     def data_issued(self, session: Session) -> None:

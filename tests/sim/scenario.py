@@ -86,7 +86,7 @@ def plan(random: Random) -> Plan:
     return Plan(
         timing, stations=random.choice([1, 2, 2, 3]) if references else random.choice([2, 3, 3, 4, 5]),
         references=references, resources=random.choice([1, 1, 2]),
-        faults=random.choice([0.0, 1.0, 3.0]) * timing.fence, duration=6 * timing.dead_after(timing.stored) * (
+        faults=random.choice([0.0, 1.0, 3.0]) * timing.fence, duration=4 * timing.dead_after(timing.stored) * (
             0.5 if timing.is_sanlock else 1.0), weather=weather, late=late,
     )  # fmt: skip
 
@@ -126,7 +126,7 @@ class Scenario:
         random, world, timing = self.random, self.world, self.plan.timing
         unit = timing.fence / 8
         self.habits = Habits(
-            self.resources, think=random.choice([0.05, 0.5, 2.0]) * unit, hold=random.choice([0.2, 2.0, 8.0]) * unit,
+            self.resources, think=random.choice([0.1, 0.5, 2.0]) * unit, hold=random.choice([0.2, 2.0, 8.0]) * unit,
             write_every=0.25 * unit, share=random.choice([0.0, 0.2, 0.6]), convert=random.choice([0.0, 0.3, 1.0]),
             data_latency=0.01 * unit, data_slow_for=min(FABRIC * self.margin, 4 * unit),
         )  # fmt: skip
@@ -155,11 +155,11 @@ class Scenario:
         world.run(plan_.duration)
         self._calm()
         dead = plan_.timing.dead_after(plan_.timing.stored)
-        world.run(plan_.duration + 2 * dead + 4 * self.margin + 30)
+        world.run(plan_.duration + 1.3 * dead + self.margin + 2 * plan_.timing.fence)
         for station in self.stations:
             if station.membership is not None:
                 station.probe(3 * dead)
-        world.run(world.now + 5 * dead + 10)
+        world.run_while(world.now + 5 * dead + 10, lambda: self.counts.probing > 0)
         if self.counts.stuck:
             raise Violation("; ".join(self.counts.stuck))
 

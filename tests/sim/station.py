@@ -66,6 +66,8 @@ class Counts:
     refused: int = 0
     trouble: int = 0
     probes: int = 0
+    probing: int = 0
+    """Probes that go on."""
     stuck: list[str] = field(default_factory=list)
 
 
@@ -195,9 +197,11 @@ class Station(Machine):
                 elif lease.mode is not None:
                     yield from self._hold(resource, lease, random)
             while self.leases.get(resource) is lease:
-                yield Sleep(random.expovariate(1 / self.habits.think))
                 if self.busy:
+                    yield Sleep(random.expovariate(1 / self.habits.think))
                     yield from self._use(resource, lease, random)
+                else:
+                    yield Sleep(self.timing.fence)
         except Lost:
             return
 
@@ -374,6 +378,7 @@ class Station(Machine):
     def probe(self, patience: float) -> None:
         """Everybody is well and holds nothing: each resource must be there for the asking."""
         for resource in self.habits.resources:
+            self.counts.probing += 1
             self.world.start(self, self._probe(resource, self.world.now + patience), lease=resource)
 
     def _probe(self, resource: str, until: float) -> Generator[Any, Any, None]:
@@ -389,6 +394,8 @@ class Station(Machine):
                     reason = str(error)
                 else:
                     self.counts.probes += 1
+                    self.counts.probing -= 1
                     return
             yield Sleep(self.timing.renewal * self.world.random.random())
+        self.counts.probing -= 1
         self.counts.stuck.append(f"host {self.number} cannot get {resource}: {reason}")

@@ -116,6 +116,11 @@ class World:
             what(*args)
         self.now = until
 
+    def run_while(self, until: float, wanted: Callable[[], bool]) -> None:
+        """Let things happen as long as *wanted* says so, up to a time."""
+        while self._heap and self._heap[0][0] <= until and wanted():
+            self.run(self._heap[0][0])
+
     def note(self, text: str) -> None:
         """Write a line into the trace, if there is one."""
         if self.trace is not None:
