@@ -61,7 +61,7 @@ class Claim:
         """
         if self.wanted not in (0, state.host_id):
             return None
-        membership = self._membership(state.name.encode(errors="surrogateescape"))
+        membership = self._membership(state.name)
         return membership if await self.run(membership.resume(state.host_id, state.generation)) else None
 
     async def make(self, *, idle: bool) -> Membership:
