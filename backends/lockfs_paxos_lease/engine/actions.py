@@ -14,9 +14,9 @@ action                         resumed with         meaning
 Instead of a result, the driver may throw in
 
 * `IOFailed`: the I/O ended with an error.  What a failed write left on the disk is unknown, but it is over.
-* `IOTimeout`: nothing was heard for `timeout` seconds.  A write that timed out **may land at any later time**: the engine
-  sends nothing more to an area that could be harmed by it before `Settle` has succeeded there.
-* `NotIssued`: the clock had passed `Write.not_after` when the write would have been handed to the kernel, so it was not.
+* `IOTimeout`: nothing was heard for `timeout` seconds.  A write that timed out **may land at any later time**: the
+  engine sends nothing more to an area that could be harmed by it before `Settle` has succeeded there.
+* `NotIssued`: the clock had passed `Write.not_after` when the write would have been handed to the kernel; it was not.
 
 The rules for a driver:
 
@@ -24,11 +24,11 @@ The rules for a driver:
   Operations on one `Lease` object never overlap.
 * `Write.not_after` is compared with the clock (the same `Clock` that the engine was given) in the thread that calls
   pwrite, directly before it.  A host that was paused in between must not write with rights that have run out since.
-* `Settle` waits until the driver knows that every write it ever abandoned on this area has ended, and raises `IOTimeout`
-  if it does not in `timeout` seconds.  Writes of a process that died are over when the process is wholly gone (its thread
-  group has been reaped): a successor starts no earlier.
-* `Area.LOCKSPACE` is the lockspace of the operation's membership, `Area.LEASE` the area of the lease that the operation is
-  for.  Offsets are relative to the start of the area, multiples of the sector size.
+* `Settle` waits until the driver knows that every write it ever abandoned on this area has ended, and raises
+  `IOTimeout` if that is not so in `timeout` seconds.  Writes of a process that died are over when the process is wholly
+  gone (its thread group has been reaped): a successor starts no earlier.
+* `Area.LOCKSPACE` is the lockspace of the operation's membership, `Area.LEASE` the area of the lease that the operation
+  is for.  Offsets are relative to the start of the area, multiples of the sector size.
 * To give an operation up, close the generator, and run `Lease.tidy` if `Lease.untidy` is then true.
 * Any other exception that leaves the generator is the result of the operation: `engine.errors`.
 
