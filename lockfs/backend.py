@@ -15,7 +15,7 @@ import enum
 import errno
 import importlib
 import os
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Protocol, cast
@@ -24,6 +24,8 @@ from lockfs.errors import LockfsError, LockUnavailable, UsageError
 from lockfs.text import from_bytes
 
 if TYPE_CHECKING:
+    import argparse
+
     from lockfs.options import Option
 
 ENTRY_POINTS = "lockfs.backends"
@@ -173,6 +175,23 @@ class Backend(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Command:
+    """A command that a backend adds to ``lockfs``.
+
+    `arguments` is ``module:callable``; the callable is given an `argparse.ArgumentParser`, adds what it needs, and sets
+    the default ``run`` to what takes the parsed arguments and returns the exit code.
+    """
+
+    name: str
+    summary: str
+    arguments: str
+
+    def fill(self, parser: argparse.ArgumentParser) -> None:
+        """Import the command and let it add its arguments to *parser*."""
+        _named(self.arguments)(parser)
+
+
+@dataclass(frozen=True, slots=True)
 class Spec:
     """A backend as its entry point names it: light enough for the mount helper to import.
 
@@ -183,11 +202,16 @@ class Spec:
     summary: str
     factory: str
     options: Sequence[Option] = field(default=())
+    commands: Sequence[Command] = field(default=())
 
     def load(self, context: Context) -> Backend:
         """Import the backend and make one for a share."""
-        module, _, attribute = self.factory.partition(":")
-        return cast(Backend, getattr(importlib.import_module(module), attribute)(context))
+        return cast(Backend, _named(self.factory)(context))
+
+
+def _named(where: str) -> Callable[..., object]:
+    module, _, attribute = where.partition(":")
+    return cast("Callable[..., object]", getattr(importlib.import_module(module), attribute))
 
 
 def installed() -> dict[str, str]:
@@ -207,7 +231,18 @@ def find(name: str) -> Spec:
     raise UsageError(f"unknown backend '{from_bytes(os.fsencode(name))}'", hint=f"Installed backends: {names}.")
 
 
+def commands() -> list[Command]:
+    """Return the commands of all installed backends; one that does not load has none."""
+    found: list[Command] = []
+    for name in sorted(installed()):
+        try:
+            found += find(name).commands
+        except UsageError:
+            continue
+    return found
+
+
 __all__ = [
-    "UNKNOWN_HOST", "Backend", "Busy", "Context", "Grant", "Holder", "Host", "Image", "LockUnavailable", "Mode",
-    "Spec", "find", "installed",
+    "UNKNOWN_HOST", "Backend", "Busy", "Command", "Context", "Grant", "Holder", "Host", "Image", "LockUnavailable",
+    "Mode", "Spec", "commands", "find", "installed",
 ]  # fmt: skip

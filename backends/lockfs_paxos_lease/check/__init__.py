@@ -6,6 +6,6 @@
     lease       leader, request, and the blocks of hosts
     index       the index of a volume
 
-What no checksum covers is held against everything that it must agree with.  What cannot be told even so is listed in the
-documentation of leases.
+What no checksum covers is held against everything that it must agree with.  What cannot be told even so is listed in
+the documentation of leases.
 """

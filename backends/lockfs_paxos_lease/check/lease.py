@@ -31,8 +31,8 @@ def check(
 ) -> Findings:
     """Return what is wrong with the bytes of a lease.
 
-    *space* is a good record of its lockspace, *generations* the highest generation that each of its host ids had; without
-    them less can be told.
+    *space* is a good record of its lockspace, *generations* the highest generation that each of its host ids had;
+    without them less can be told.
     """
     found = Findings()
     leader = Leader.decode(area)
@@ -53,9 +53,7 @@ def check(
     return found
 
 
-def _check_leader(
-    found: Findings, leader: Leader, area: bytes, geometry: Geometry, space: Leader | None
-) -> bool:
+def _check_leader(found: Findings, leader: Leader, area: bytes, geometry: Geometry, space: Leader | None) -> bool:
     """Return True if the record can be gone by."""
     try:
         wanted = leader.version if space is None else _lease_version(space)
@@ -77,7 +75,7 @@ def _check_leader(
     except BadRecord as problem:
         found.error("leader", 0, problem.what, code=problem.code)
         return False
-    if leader.unused1 or leader.unused2 or leader.io_timeout or any(area[SIZE : geometry.sector]):
+    if leader.unused1 or leader.unused2 or leader.io_timeout or area[SIZE : geometry.sector].strip(b"\0"):
         found.warn("leader", 0, "bytes that belong to nothing are not zero")
     return leader.magic == PAXOS_MAGIC
 
@@ -103,14 +101,15 @@ def _check_request(found: Findings, leader: Leader, area: bytes, geometry: Geome
     elif request.lver > leader.lver + 1:
         what = f"it asks for version {request.lver}, while {leader.lver} is the latest: nobody can ask for the next one"
         found.error(*where, what, code=Code.REQUEST_LVER, remedy=Remedy.REQUEST)
-    if any(sector[REQUEST_BYTES:]):
+    if sector[REQUEST_BYTES:].strip(b"\0"):
         found.warn(*where, "bytes that belong to nothing are not zero", remedy=Remedy.REQUEST)
 
 
 def _check_block(found: Findings, geometry: Geometry, host_id: int, dblock: Dblock, mode: ModeBlock) -> None:
     where = (f"host {host_id}", geometry.host_offset(host_id))
     if not dblock.is_valid:
-        what = f"the checksum of its ballot block is {dblock.checksum:#010x} and should be {dblock.right_checksum():#010x}"
+        right = dblock.right_checksum()
+        what = f"the checksum of its ballot block is {dblock.checksum:#010x} and should be {right:#010x}"
         found.error(*where, what, code=Code.DBLOCK_CHECKSUM, host_id=host_id, remedy=Remedy.BALLOT)
     elif not dblock.checksum and (dblock.inp2 or dblock.inp3):
         found.warn(*where, "its ballot block was never written, but is not empty", host_id=host_id)

@@ -64,7 +64,9 @@ def _check_host(
     if record.max_hosts != 1 or record.num_hosts or record.lver or record.unused1:
         found.warn(*where, "fields that a host does not use are not as a new record has them", host_id=host_id)
     if record.unused2 or record.io_timeout > 0xFF:
-        found.error(*where, "its io_timeout has more than 8 bits, or what stands beside it is not zero", host_id=host_id)
+        found.error(
+            *where, "its io_timeout has more than 8 bits, or what stands beside it is not zero", host_id=host_id
+        )
     if any(each > geometry.max_hosts for each in delta.called(bitmap)):
         found.warn(*where, "it calls host ids that there are none of", host_id=host_id)
 
@@ -84,7 +86,7 @@ def _check_rest(found: Findings, geometry: Geometry, host_id: int, area: bytes) 
     start = geometry.delta_offset(host_id)
     end = start + geometry.sector
     behind = start + delta.BITMAP_OFFSET + delta.BITMAP_SIZE
-    if any(area[start + SIZE : start + delta.BITMAP_OFFSET]) or any(area[behind:end]):
+    if area[start + SIZE : start + delta.BITMAP_OFFSET].strip(b"\0") or area[behind:end].strip(b"\0"):
         found.warn(_name(host_id), start, "bytes that belong to nothing are not zero", host_id=host_id)
 
 

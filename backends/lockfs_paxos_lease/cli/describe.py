@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from lockfs.text import from_bytes
+from lockfs_paxos_lease.check import index
 from lockfs_paxos_lease.check import lease as lease_check
 from lockfs_paxos_lease.check import lockspace as lockspace_check
 from lockfs_paxos_lease.check.area import Kind
@@ -89,7 +90,9 @@ def _lease(found: Area) -> Document:
             "timestamp": leader.write_timestamp / units,
         },
         "shared_by": [
-            {"host_id": host_id, "generation": mode.generation} for host_id, (_, mode) in blocks.items() if mode.is_shared
+            {"host_id": host_id, "generation": mode.generation}
+            for host_id, (_, mode) in blocks.items()
+            if mode.is_shared
         ],
         "request": {"version": request.lver, "how": FORCE_MODES.get(request.force_mode, str(request.force_mode))},
         "ballots": [
@@ -114,9 +117,9 @@ def _index(found: Area) -> Document:
     header = rindex.Header.decode(found.data)
     return {
         "lockspace": from_bytes(header.space_name),
-        "max_leases": header.resources,
+        "max_leases": header.max_resources,
         "leases": [
             {"number": number, "name": from_bytes(entry.name), "offset": entry.offset}
-            for number, entry in rindex.entries(found.data, header)
+            for number, entry in index.entries(found.data, header)
         ],
     }

@@ -118,7 +118,10 @@ def _agreed(steps: Sequence[mend.Step]) -> bool:
     if not sys.stdin.isatty():
         raise UsageError("nothing was written: there is nobody to ask", hint="Say --yes to have it done.")
     wait = max(step.quiet for step in steps)
-    print(f"Write this now{f', after watching for {wait:.0f} s that nobody is at work there' if wait else ''}? [y/N] ", end="")
+    print(
+        f"Write this now{f', after watching for {wait:.0f} s that nobody is at work there' if wait else ''}? [y/N] ",
+        end="",
+    )
     sys.stdout.flush()
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 
@@ -131,7 +134,9 @@ def _format(arguments: argparse.Namespace) -> int:
 
 
 def _create(arguments: argparse.Namespace) -> int:
-    return _made(arguments, make.lease(_making(arguments, DEFAULT_IO_TIMEOUT), _name(arguments.name), arguments.num_hosts))
+    return _made(
+        arguments, make.lease(_making(arguments, DEFAULT_IO_TIMEOUT), _name(arguments.name), arguments.num_hosts)
+    )
 
 
 def _made(arguments: argparse.Namespace, what: str) -> int:

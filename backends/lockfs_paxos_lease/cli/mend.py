@@ -4,13 +4,13 @@ Each remedy is safe for a reason of its own:
 
 * A *request record* may be written by anybody at any time; what is lost is a request, which can be made again.
 * A *ballot block* with a wrong checksum keeps every host from beginning a ballot for the lease.  When the area has not
-  changed for longer than a ballot can pause, none is under way.  The new block takes part in no ballot, and its number is
-  higher than any that its host can have chosen before: whoever should write in between meets a number that is too high and
-  begins anew.  Not if its host is the owner of the lease: then it writes the block itself when it lets go, and only it
-  knows what else it may be about to write there (it could convert its hold to a shared one).
+  changed for longer than a ballot can pause, none is under way.  The new block takes part in no ballot, and its number
+  is higher than any that its host can have chosen before: whoever should write in between meets a number that is too
+  high, and begins anew.  Not if its host is the owner of the lease: then it writes the block itself when it lets go,
+  and only it knows what else it may be about to write there (it could convert its hold to a shared one).
 * A *host record* that nobody has changed for as long as it takes to be dead is that of a dead host: a live one would
-  have found it overwritten at its next renewal, and have fenced.  The new record is free, and of a higher generation than
-  any that a lease names.
+  have found it overwritten at its next renewal, and have fenced.  The new record is free, and of a higher generation
+  than any that a lease names.
 
 Everything else needs a person: who owned a lease whose leader record is damaged, nobody can tell.
 """
@@ -43,8 +43,8 @@ Sleep = Callable[[float], None]
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One remedy.  `quiet` is for how many seconds what is mended must not have changed before; `why_not` says why it is
-    not done, empty if it can be.
+    """One remedy.  `quiet` is for how many seconds what is mended must not have changed before; `why_not` says why it
+    is not done, empty if it can be.
     """
 
     area: Area

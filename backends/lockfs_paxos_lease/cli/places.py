@@ -12,12 +12,15 @@ from dataclasses import dataclass
 from lockfs.errors import LockfsError, SystemError_, UsageError
 from lockfs.linux import mountinfo
 from lockfs.text import from_bytes
+from lockfs_paxos_lease.check import index
 from lockfs_paxos_lease.check.area import PROBE, Kind, Sizes, probe
 from lockfs_paxos_lease.disk.file import ONE_HOST, DiskFile
 from lockfs_paxos_lease.format import rindex
 from lockfs_paxos_lease.format.size import MIB, Geometry
 
 DEFAULT = Geometry()
+LEASES = (b".lockfs", b"leases")
+"""Below a share, unless its hosts agree on another place."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +71,17 @@ def parse(text: str) -> Place:
 
 
 def files(place: Place) -> list[Place]:
-    """Return the files below a directory, not those further down; or the place itself.  Raises `LockfsError`."""
+    """Return the files in a directory of leases, or in that of a share; or the place itself.  Raises `LockfsError`."""
     try:
         if not stat.S_ISDIR(os.stat(place.path).st_mode):
             return [place]
+        below = os.path.join(place.path, *LEASES)
+        if os.path.isdir(below):
+            place = Place(below, place.offset)
         names = sorted(
-            entry.name for entry in os.scandir(place.path) if entry.is_file(follow_symlinks=False) and entry.name[:1] != b"."
+            entry.name
+            for entry in os.scandir(place.path)
+            if entry.is_file(follow_symlinks=False) and entry.name[:1] != b"."
         )
     except OSError as error:
         raise failed(error, place.path) from error
@@ -100,7 +108,9 @@ def _all_areas(file: DiskFile, path: bytes, size: int) -> Iterator[Area]:
         guess = area.geometry
         if area.kind is Kind.INDEX:
             header = rindex.Header.decode(area.data)
-            last = max((entry.offset for _, entry in rindex.entries(area.data, header) if entry.offset < size), default=0)
+            last = max(
+                (entry.offset for _, entry in index.entries(area.data, header) if entry.offset < size), default=0
+            )
         if area.kind in (Kind.EMPTY, Kind.UNKNOWN):
             if offset == 0:
                 yield area
@@ -121,8 +131,8 @@ def read_area(file: DiskFile, path: bytes, offset: int, size: int, guess: Geomet
             return Area(path, offset, sizes, b"")
         if offset + sizes.geometry.align > size:
             raise SystemError_(
-                f"'{from_bytes(path)}' is cut off: the {sizes.kind.value} at {offset} has {sizes.geometry.align} bytes, "
-                f"and only {size - offset} are there"
+                f"'{from_bytes(path)}' is cut off: the {sizes.kind.value} at {offset} has {sizes.geometry.align} "
+                f"bytes, and only {size - offset} are there"
             )
         return Area(path, offset, sizes, file.read(offset, sizes.geometry.align))
     except OSError as error:

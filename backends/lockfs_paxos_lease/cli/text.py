@@ -19,7 +19,9 @@ def _area(area: Document, ballots: bool) -> str:
         case "lockspace":
             return f"{where}: lockspace {_name(area['lockspace'])}, {_timing(area)}, {_sizes(area)}\n" + _hosts(area)
         case "lease" | "deleted lease":
-            return f"{where}: {area['kind']} {_name(area['name'])} of {_name(area['lockspace'])}\n" + _lease(area, ballots)
+            return f"{where}: {area['kind']} {_name(area['name'])} of {_name(area['lockspace'])}\n" + _lease(
+                area, ballots
+            )
         case "index":
             head = f"{where}: index of the leases of {_name(area['lockspace'])}, room for {area['max_leases']}\n"
             rows = [(str(each["number"]), str(each["offset"]), _name(each["name"])) for each in area["leases"]]
