@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Protocol, cast
 
-from lockfs.errors import LockfsError, LockUnavailable, UsageError
+from lockfs.errors import Denied, LockfsError, LockUnavailable, UsageError
 from lockfs.text import from_bytes
 
 if TYPE_CHECKING:
@@ -113,13 +113,19 @@ class Grant:
 class Host:
     """One host that shares locks: its name, its state and when it was last seen.
 
-    States are ``live``, ``failing``, ``dead`` and ``free``.
+    States are ``live``, ``failing`` (it has not renewed in time, but might still write), ``dead`` (others may take what
+    it held), ``free`` (it has left) and ``unknown`` (it was not watched for long enough).  `last_seen` is wall-clock
+    time, for people.  `number` is its host id where the backend has such, else 0; `here` is true for this host.
     """
 
     name: str
     state: str
     last_seen: float | None = None
     detail: str = ""
+    number: int = 0
+    here: bool = False
+    holds: Sequence[str] = ()
+    """What it holds, as far as this host can tell: paths, or the names of leases."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,8 +176,21 @@ class Backend(Protocol):
     async def hosts(self) -> Sequence[Host]:
         """List the hosts that share locks, as far as the backend knows."""
 
+    async def confirm_dead(self, host: str) -> str:
+        """Take an admin's word that a host (its name, or its number) is dead, so that what it held is free at once.
+
+        Return its name.  Raises `Denied` if there is no such host, if it is seen to live, and from a backend that
+        judges no hosts.  May take as long as a live host needs to show itself.
+        """
+
     def lost(self) -> AsyncIterator[Grant]:
         """Yield each grant that is no longer safe to write under.  Never ends before `stop`."""
+
+    async def fenced(self, grant: Grant) -> None:
+        """Take note that nobody on this host can write any more under a grant that was lost.
+
+        It stays a grant until it is released, which is when all have closed the image.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,6 +262,6 @@ def commands() -> list[Command]:
 
 
 __all__ = [
-    "UNKNOWN_HOST", "Backend", "Busy", "Command", "Context", "Grant", "Holder", "Host", "Image", "LockUnavailable",
-    "Mode", "Spec", "commands", "find", "installed",
+    "UNKNOWN_HOST", "Backend", "Busy", "Command", "Context", "Denied", "Grant", "Holder", "Host", "Image",
+    "LockUnavailable", "Mode", "Spec", "commands", "find", "installed",
 ]  # fmt: skip

@@ -71,6 +71,18 @@ def parser(words: Sequence[str]) -> argparse.ArgumentParser:
         "--inode", action="append", default=[], metavar="DEV:INO", help="an image by its numbers on the storage"
     )
     fence.add_argument("--reason", default="", metavar="TEXT", help="why, for the log and for who watches")
+    hosts = commands.add_parser("hosts", parents=[common, shown], help="show the hosts that share locks with this one")
+    doing = hosts.add_subparsers(dest="action", metavar="ACTION")
+    dead = doing.add_parser(
+        "confirm-dead",
+        parents=[common, shown],
+        help="say that a host is dead: what it held is free at once",
+        description="Say that a host is dead, so that what it held is free now. Only you can know: if it still runs, "
+        "two hosts write to one image. It is watched for a while, and refused if it is seen to live.",
+    )
+    dead.add_argument("host", help="its name or number, as `lockfs hosts` shows it")
+    dead.add_argument("--source", default="", metavar="DIR", help="only for this source directory")
+    dead.add_argument("--reason", default="", metavar="TEXT", help="why you are sure, for the log")
     options = commands.add_parser("options", parents=[common], help="list the mount options")
     options.add_argument("backend", nargs="?", default="", metavar="BACKEND", help="only those of this backend")
     options.add_argument("--markdown", action="store_true", help="print a Markdown table")
@@ -100,6 +112,14 @@ def _run(arguments: argparse.Namespace) -> int:
             from lockfs.cli import show
 
             return show.locks(directory, as_json=arguments.json)
+        case "hosts":
+            from lockfs.cli import hosts
+
+            if arguments.action is None:
+                return hosts.run(directory, as_json=arguments.json)
+            return hosts.confirm_dead(
+                arguments.host, arguments.source, arguments.reason, directory, as_json=arguments.json
+            )
         case "fence":
             from lockfs.cli import fence
 

@@ -21,6 +21,7 @@ from functools import partial
 import trio
 
 from lockfs.backend import Grant
+from lockfs.errors import LockfsError
 from lockfs.linux import fuseinode
 from lockfs.lockd.attachment import Attachment
 from lockfs.lockd.events import Events
@@ -65,7 +66,19 @@ class Fencer:
     async def _fence_lost(self) -> None:
         await trio.sleep(GATHER)
         lost, self._lost = self._lost, []
-        await self.fence(lost, "the backend can no longer keep its lock")
+        targets = await self.fence(lost, "the backend can no longer keep its lock")
+        for lock in lost:
+            if all(target.result().fenced for target in targets if target.lock is lock):
+                await self._tell_backend(lock)
+
+    async def _tell_backend(self, lock: Lock) -> None:
+        """Tell a backend that somebody else may get the image now: nobody here can write to it any more."""
+        if lock.grant is None:
+            return
+        try:
+            await lock.share.backend.fenced(lock.grant)
+        except LockfsError as error:
+            log.warning("%s: %s", lock.share.source, error.message)
 
     async def fence_these(self, images: Sequence[FenceTarget], reason: str) -> list[FenceResult]:
         """Fence the images that an admin names; return what became of each, in their order."""

@@ -64,6 +64,10 @@ class Shares:
             raise UnknownMount(mount_id)
         return mounted
 
+    def all(self) -> list[Share]:
+        """Return the shares that are open."""
+        return list(self._shares.values())
+
     async def join(self, mount: messages.Mount, source_fd: int, pid: int) -> Mounted:
         """Register a mount; the descriptor stays the caller's.
 
