@@ -18,10 +18,10 @@ import trio
 
 from lockfs import text
 from lockfs.backend import UNKNOWN_HOST, Busy, Context, Denied, Grant, Holder, Host, Image, Mode
+from lockfs.cards import Cards
 from lockfs.errors import MountError
 from lockfs.linux import mountinfo, ofd
 from lockfs_fcntl_lockd import lockspace, preflight
-from lockfs_fcntl_lockd.cards import Cards
 from lockfs_fcntl_lockd.errors import unavailable
 
 START, LENGTH = lockspace.START, lockspace.LENGTH

@@ -22,7 +22,7 @@ from lockfs_paxos_lease.format.size import MIB, Geometry
 PLACE = "a lease directory, a file, a device, or FILE:OFFSET (bytes, or MiB with an M)"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def fill(parser: argparse.ArgumentParser) -> None:
     """Fill in the parser of the command."""
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     looking = argparse.ArgumentParser(add_help=False)

@@ -2,8 +2,8 @@
 
 The words are the paper's and sanlock's.  A host that wants version `lver` writes its block with a ballot number `mbal`
 that is its own (phase 1), reads everybody's, takes over the value of the block with the highest `bal` if there is one
-and its own wish otherwise, writes that with ``bal = mbal`` (phase 2), and reads everybody's again.  If none of them shows
-a higher `mbal` or a later `lver`, the value is settled, whoever finds it.
+and its own wish otherwise, writes that with ``bal = mbal`` (phase 2), and reads everybody's again.  If none of them
+shows a higher `mbal` or a later `lver`, the value is settled, whoever finds it.
 
 Three things are done that sanlock does not do.  Each only makes a ballot fail, or keeps what sanlock throws away, so
 hosts of both kinds mix:

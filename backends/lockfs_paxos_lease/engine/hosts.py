@@ -15,9 +15,9 @@ from lockfs_paxos_lease.format import delta, names, scan
 from lockfs_paxos_lease.format.leader import DELTA_MAGIC, Leader
 from lockfs_paxos_lease.format.size import Geometry
 
-_USED = slice(32, 48)
-_TIMESTAMP = slice(152, 160)
 _NOTHING = bytes(16)
+"""Owner and generation of a record that was never used; its timestamp is `_NO_TIME`."""
+_NO_TIME = bytes(8)
 
 
 class State(enum.IntEnum):
@@ -85,7 +85,7 @@ class Hosts:
         self._looks += 1
         common = min(len(area), len(self._seen))
         changed = [number + 1 for number in scan.differing(area[:common], self._seen[:common], size)]
-        changed += range(common // size + 1, min(len(area) // size, self._geometry.max_hosts) + 1)
+        changed += self._used(area, common // size + 1)
         self.last_check = began
         called, events = False, []
         for host_id in changed:
@@ -100,14 +100,22 @@ class Hosts:
                             host_id, leader.owner_generation, leader.write_id, leader.write_generation,
                             leader.write_timestamp,
                         ))  # fmt: skip
-        self._seen = area + self._seen[len(area) :]
+        self._seen = area  # of what a shorter look leaves out the next long one decodes the used records again
         self.covered = max(self.covered, min(len(area) // size, self._geometry.max_hosts))
         return called, events
 
+    def _used(self, area: bytes, first: int) -> list[int]:
+        """Return the host ids from *first* on that were ever used; most were not, so nothing is decoded."""
+        size = self._geometry.sector
+        last = min(len(area) // size, self._geometry.max_hosts)
+        return [
+            host_id
+            for host_id, start in zip(range(first, last + 1), range((first - 1) * size, last * size, size), strict=True)
+            if area[start + 32 : start + 48] != _NOTHING or area[start + 152 : start + 160] != _NO_TIME
+        ]
+
     def _take(self, host_id: int, sector: bytes, now: float) -> bool:
         slot = self._slots.get(host_id)
-        if slot is None and sector[_USED] == _NOTHING and sector[_TIMESTAMP] == _NOTHING[:8]:
-            return False
         leader = Leader.decode(sector)
         bad = leader.magic != DELTA_MAGIC or not names.same(leader.space_name, self._space)
         if slot is None:
@@ -160,14 +168,13 @@ class Hosts:
         """Say whether a shared hold of that generation may still be in use, as of the last look.  In doubt it is.
 
         What counts is how long the host had stood still when the last look began: a watch that has not looked since
-        knows nothing of now.
+        knows nothing of now.  Of a generation that it has not seen yet it knows nothing, either: the host may have been
+        dead, and back since.
         """
         slot = self._slots.get(host_id)
-        if slot is None:
+        if slot is None or slot.generation < generation:
             return True
-        if slot.timestamp == 0 and slot.generation >= generation:
-            return False
-        if slot.generation > generation:
+        if slot.generation > generation or slot.timestamp == 0:
             return False
         if self.is_confirmed(host_id, slot.generation, slot.timestamp):
             return False
