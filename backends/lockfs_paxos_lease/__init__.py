@@ -11,6 +11,6 @@ SPEC = Spec(
     factory="lockfs_paxos_lease.backend:PaxosBackend",
     options=OPTIONS,
     commands=(
-        Command("lease", "look at leases on the storage, check, mend and make them", "lockfs_paxos_lease.cli.lease:fill"),
+        Command("lease", "look at leases on the storage, check, mend, make them", "lockfs_paxos_lease.cli.lease:fill"),
     ),
 )

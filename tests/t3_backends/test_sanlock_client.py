@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import trio
-from harness import sanlockd
 from lockfs_paxos_lease.format.errors import Code
 from lockfs_paxos_lease.sanlock.client import Client
 from lockfs_paxos_lease.sanlock.daemon import Daemon
@@ -28,8 +27,7 @@ from lockfs_paxos_lease.sanlock.wire import (
     ResourceFlag,
     Rindex,
 )
-
-pytestmark = pytest.mark.skipif(not sanlockd.installed(), reason="needs sanlock")
+from t3_backends import sanlock_daemon
 
 MIB = 1 << 20
 
@@ -41,9 +39,8 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path]]
     with ExitStack() as stack:
         runs = []
         for name in ("alpha", "beta"):
-            run_dir = tmp_path_factory.mktemp("s")
-            stack.enter_context(sanlockd.sanlockd(run_dir, name))
-            runs.append(run_dir)
+            runs.append(tmp_path_factory.mktemp("s") / "run")
+            stack.callback(sanlock_daemon.Daemon(name, runs[-1]).close)
 
         async def join() -> None:
             first, second = (Daemon(str(run_dir)) for run_dir in runs)
@@ -123,6 +120,7 @@ async def released(daemon: Daemon, lease: Resource) -> None:
 
 async def test_what_the_daemon_says_of_itself(alpha: Daemon, shared: Path) -> None:
     assert await alpha.version() >= 0x03080000
+    assert await alpha.name() == b"alpha"
     assert await alpha.ids() == (os.getuid(), os.getgid())
     assert await alpha.lockspaces() == [space(shared, 1)]
 

@@ -10,6 +10,9 @@ import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+import trio
+
+from lockfs.linux import procfs
 from lockfs_paxos_lease.sanlock import wire
 from lockfs_paxos_lease.sanlock.errors import SanlockError
 from lockfs_paxos_lease.sanlock.link import Link
@@ -19,6 +22,7 @@ _ASYNC = 1
 _IF_UNUSED = 2
 _NEXT_LVER = 1
 _USED_BY_ORPHANS = 4
+_DAEMON_STATE = 1
 _PEER = struct.Struct("=3i")
 _NOT_JOINED = -2
 _IN_PROGRESS = -115
@@ -34,12 +38,26 @@ class Daemon:
         """Return the daemon's version: 0x03080500 is 3.8.5."""
         return (await self._call(Command.VERSION))[0].data2
 
+    async def name(self) -> bytes:
+        """Return what the daemon calls its host, in the records that it writes."""
+        async with self._link() as link:
+            states = await link.call_for_states(Command.STATUS, b"", data=_DAEMON_STATE)
+        return states[0].name if states else b""
+
     async def ids(self) -> tuple[int, int]:
-        """Return user and group of the daemon, which has to be able to open the leases."""
+        """Return user and group of the daemon, which has to be able to open the leases.  Raises OSError."""
         async with self._link() as link:
             data = link.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)
-        _, uid, gid = _PEER.unpack(data)
+        # What the socket says of user and group is as of when the daemon began to listen, as root.
+        pid, _, _ = _PEER.unpack(data)
+        status = dict(line.partition(b":")[::2] for line in procfs.contents(f"/proc/{pid}/status").splitlines())
+        uid, gid = (int(status[key].split()[1]) for key in (b"Uid", b"Gid"))
         return uid, gid
+
+    async def until_gone(self) -> None:
+        """Return when the daemon has ended."""
+        async with self._link() as link:
+            await trio.lowlevel.wait_readable(link.socket)
 
     # Lockspaces --------------------------------------------------------------------------------
 

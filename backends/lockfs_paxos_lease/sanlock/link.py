@@ -72,14 +72,14 @@ class Link:
             await self._send(Header(command, flags, data=data, data2=data2), body)
             return await self._answer(command)
 
-    async def call_for_states(self, command: Command, body: bytes) -> list[wire.State]:
+    async def call_for_states(self, command: Command, body: bytes, data: int = 0) -> list[wire.State]:
         """Send a command whose answer is a list that ends with the connection."""
         async with self._lock, self._whole():
-            await self._send(Header(command), body)
+            await self._send(Header(command, data=data), body)
             await self._answer(command)
             found = []
-            while data := await self._receive(wire.STATE_BYTES, or_end=True):
-                state = wire.State.decode(data)
+            while record := await self._receive(wire.STATE_BYTES, or_end=True):
+                state = wire.State.decode(record)
                 found.append(state.with_words(await self._receive(state.length)))
             return found
 

@@ -49,6 +49,7 @@ class Command(enum.IntEnum):
     REGISTER = 1
     ADD_LOCKSPACE = 2
     REM_LOCKSPACE = 3
+    STATUS = 5
     ACQUIRE = 7
     RELEASE = 8
     INQUIRE = 9
