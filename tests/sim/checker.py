@@ -8,7 +8,8 @@ write was issued), so until when the host may act.  Rules:
 * No VM writes, and no lease is written, by a host whose lease has run out.
 * What a VM wrote lands before anybody else is granted the resource.  Writes that are late beyond all bounds excepted:
   those must carry a lower token than the present holder's.
-* Tokens grow from one exclusive session to the next.
+* Tokens grow from one exclusive session to the next; those of sanlock hosts are not looked at, as a late write of such a
+  host may set them back.
 * A host writes its own sectors, leaders and requests, and nobody else's, but to clear a shared hold of a dead host.
 * lockfs hosts: no ballot block is ever zeroed; ballot numbers of one incarnation do not fall within a version.
 """
@@ -95,6 +96,7 @@ class Checker:
         """A host has changed the mode of what it holds."""
         session.exclusive, session.token = exclusive, token
         if exclusive:
+            session.granted = self.world.now
             self._may_act(session.machine, f"converts {session.resource}")
             self._exclude(session)
             self._token(session)
@@ -201,6 +203,8 @@ class Checker:
         ]
 
     def _token(self, session: Session) -> None:
+        if not self.books[session.machine.number].careful:
+            return
         any_mode, exclusive = self.tokens.get(session.resource, (0, 0))
         before = any_mode if session.exclusive else exclusive
         if session.token <= before:

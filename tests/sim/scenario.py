@@ -71,7 +71,7 @@ def plan(random: Random) -> Plan:
         timing = Timing.own(random.choice([4.0, 16.0, 16.0, 16.0, 30.0]))
     else:
         timing = Timing.sanlock(random.choice([1, 1, 2, 10]))
-        references = 0
+        references = random.choice([0, 0, 1, 1, 2])
     unit = timing.fence / 8
     weather = Weather(latency=random.choice([0.001, 0.004, 0.02]) * unit)
     weather.slow = random.choice([0.0, 0.01, 0.05])

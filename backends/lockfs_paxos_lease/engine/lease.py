@@ -37,6 +37,8 @@ MAX_BALLOTS = 64
 """Ballots in one attempt.  Each was lost to another host, which then had a fair chance to finish its own."""
 MAX_ROUNDS = 16
 """How often an attempt begins anew because the leader had changed under it."""
+MAX_SETBACK = 1 << 32
+"""Versions.  A leader that is further behind was not set back: the block is garbage, as old sanlocks may write it."""
 SHARED_TRIES = 8
 """How often a shared acquire waits for a host that holds the lease only for the moment in which it notes itself
 down."""
@@ -60,6 +62,22 @@ class _Attempt:
     num_hosts: int
     shared: dict[int, int]
     """Other hosts that were seen to hold it shared."""
+
+
+@dataclass(slots=True)
+class _Seen:
+    """What the blocks of all hosts say.
+
+    `version` is the one to run ballots for.  That is the one after the leader's, unless a block is for a later one: a
+    host begins a version only when it has seen the one before in the leader, and its owner gone.  If the leader does
+    not say so, it was set back by a write that came late, and what the block says still holds.
+    """
+
+    own: Dblock
+    mbal: int
+    version: int
+    fresh: bool = True
+    """The leader was read just now, and names no owner that had to be judged."""
 
 
 class Lease:
@@ -147,9 +165,16 @@ class Lease:
                 yield from self._withdraw(cur)
                 what = f"the lease has version {cur.lver}, not {attempt.version}"
                 raise EngineError(Code.ACQUIRE_LVER, what)
-            own, highest = self._survey(area, cur, attempt)
-            free = cur.timestamp == 0 or self._is_own(cur)
-            if not free:
+            seen = self._survey(area, cur, attempt)
+            behind = seen.version > cur.lver + 1
+            if behind:
+                # Either we have read an old leader and new blocks, or the leader was set back.
+                if (yield from self.area.read_leader()) != cur:
+                    continue
+                if seen.version > cur.lver + MAX_SETBACK:
+                    what = f"a block has version {seen.version}, the leader record {cur.lver}"
+                    raise EngineError(Code.DBLOCK_LVER, what)
+            elif cur.timestamp and not self._is_own(cur):
                 try:
                     if not (yield from await_end(self.area, cur, wait=attempt.wait)):
                         continue
@@ -160,30 +185,31 @@ class Lease:
                     shared_tries += 1
                     yield Sleep(self._random.uniform(0, self.area.timing.backoff))
                     continue
-            if (yield from self._contend(cur, own, highest, free, attempt)):
+                seen.fresh = False
+            if (yield from self._contend(cur, seen, attempt)):
                 return
         yield from self._withdraw(cur)
         raise Held(Code.ACQUIRE_OTHER, "other hosts were faster each time", cur.owner_id, cur.owner_generation)
 
-    def _survey(self, area: bytes, cur: Leader, attempt: _Attempt) -> tuple[Dblock, int]:
-        """Return our own block and the highest ballot number; make our wish unlike any earlier one of ours."""
+    def _survey(self, area: bytes, cur: Leader, attempt: _Attempt) -> _Seen:
+        """Return what the blocks say; make our wish unlike any earlier one of ours."""
         membership = self.membership
-        own, highest = NEVER, 0
+        seen = _Seen(NEVER, 0, cur.lver + 1)
         times = [self._last_time, membership.timing.stamp(membership.clock()) - 1]
         if cur.owner_id == membership.host_id:
             times.append(cur.timestamp)
         for host_id, block, mode in host_blocks(area, membership.geometry, cur.num_hosts):
-            highest = max(highest, block.mbal)
+            seen.mbal, seen.version = max(seen.mbal, block.mbal), max(seen.version, block.lver)
             if block.inp == membership.host_id:
                 times.append(block.inp3)
             if host_id == membership.host_id:
-                own = block
+                seen.own = block
             elif mode.is_shared:
                 attempt.shared[host_id] = mode.generation
         if not attempt.wish.time:
             self._last_time = max(times) + 1
             attempt.wish = replace(attempt.wish, time=self._last_time)
-        return own, highest
+        return seen
 
     def _is_own(self, cur: Leader) -> bool:
         """Say whether the owner is this host, in this or an earlier incarnation."""
@@ -200,39 +226,40 @@ class Lease:
         """
         return bool(cur.flags & SHORT_HOLD) or cur.write_id != cur.owner_id
 
-    def _contend(self, cur: Leader, own: Dblock, highest: int, fresh: bool, attempt: _Attempt) -> Operation[bool]:
+    def _contend(self, cur: Leader, seen: _Seen, attempt: _Attempt) -> Operation[bool]:
         """Run ballots for the version after *cur* until one settles.  Return whether the lease is ours.
 
-        *fresh*: *cur* was read just now.  False also where the leader has changed: the attempt begins anew.
+        False also where the leader has changed: the attempt begins anew.
         """
         membership = self.membership
-        me, stride = membership.host_id, cur.max_hosts
-        mbal = next_mbal(highest, me, stride)
+        me, stride, own = membership.host_id, cur.max_hosts, seen.own
+        mbal = next_mbal(seen.mbal, me, stride)
         for _ in range(MAX_BALLOTS):
-            if not fresh:
+            if not seen.fresh:
                 there = yield from self.area.read_leader()
-                if there.lver == cur.lver + 1 and _value(there) == attempt.wish:
+                if there.lver == seen.version and _value(there) == attempt.wish:
                     self._leader = there  # somebody else has finished our ballot for us
                     membership.check()
                     return True
                 if there != cur:
                     return False
-            fresh = False
+            seen.fresh = False
             ballot = Ballot(
-                membership.geometry, me, cur.num_hosts, cur.lver + 1, mbal, attempt.wish, self._mode_block,
+                membership.geometry, me, cur.num_hosts, seen.version, mbal, attempt.wish, self._mode_block,
                 shared=attempt.shared,
             )  # fmt: skip
             try:
                 value = yield from self._run(ballot, own)
             except Outrun as ahead:
+                yield Sleep(self._random.uniform(0, self.area.timing.backoff))
+                if ahead.newer:
+                    return False
                 own = ballot.block
                 mbal = next_mbal(max(mbal, ahead.mbal), me, stride)
-                yield Sleep(self._random.uniform(0, self.area.timing.backoff))
                 continue
-            return (yield from self._commit(cur, value, attempt))
+            return (yield from self._commit(cur, seen.version, value, attempt))
         yield from self._withdraw(cur)
-        what = "the leader record is behind the hosts' blocks, or another host does not let go"
-        raise Held(Code.DBLOCK_LVER, f"no ballot could be finished: {what}", cur.owner_id, cur.owner_generation)
+        raise Held(Code.DBLOCK_MBAL, "no ballot could be finished: another host does not let go", cur.owner_id, cur.owner_generation)
 
     def _run(self, ballot: Ballot, own: Dblock) -> Operation[Value]:
         """Run one ballot.  Raises `Outrun`, `BadArea`."""
@@ -245,7 +272,7 @@ class Lease:
         yield from self.area.write_host(ballot.host_id, sector)
         return ballot.settled((yield from self.area.read_ballot(ballot.num_hosts)))
 
-    def _commit(self, cur: Leader, value: Value, attempt: _Attempt) -> Operation[bool]:
+    def _commit(self, cur: Leader, version: int, value: Value, attempt: _Attempt) -> Operation[bool]:
         """Write what was settled into the leader.  Return whether that is our wish."""
         membership, timing = self.membership, self.area.timing
         ours = value == attempt.wish
@@ -260,7 +287,7 @@ class Lease:
         if value.host_id == membership.host_id:
             flags = flags | SHORT_HOLD if attempt.short else flags & ~SHORT_HOLD
         self._leader = replace(
-            cur, lver=cur.lver + 1, owner_id=value.host_id, owner_generation=value.generation, timestamp=value.time,
+            cur, lver=version, owner_id=value.host_id, owner_generation=value.generation, timestamp=value.time,
             flags=flags, num_hosts=min(max(cur.num_hosts, attempt.num_hosts), cur.max_hosts),
             write_id=membership.host_id, write_generation=membership.generation,
             write_timestamp=timing.stamp(membership.clock()),
