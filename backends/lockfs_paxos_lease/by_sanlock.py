@@ -145,7 +145,7 @@ class SanlockBackend:
         mountpoint = os.path.realpath(self._context.mountpoint)
         if where == mountpoint or where.startswith(mountpoint.rstrip(b"/") + b"/"):
             raise MountError(
-                f"sanlock could not reach the leases in {self._place.where} once {text.from_bytes(mountpoint)} is mounted",
+                f"sanlock cannot reach the leases in {self._place.where}: {text.from_bytes(mountpoint)} hides them",
                 hint="Set leases= to a directory that is not below the mountpoint, such as another mount of the share.",
             )
 

@@ -22,7 +22,6 @@ from lockfs_paxos_lease.sanlock.wire import (
     HostState,
     Lockspace,
     Rentry,
-    Request,
     Resource,
     ResourceFlag,
     Rindex,
@@ -244,21 +243,7 @@ async def test_a_command_that_is_cancelled_ends_the_connection(
     await b.acquire([lease])
 
 
-async def test_a_request_runs_the_program_of_the_holder(
-    a: Client, beta: Daemon, lease: Resource, tmp_path: Path
-) -> None:
-    """Its argument has what the daemon splits at, and what it escapes that with."""
-    marker = tmp_path / r"a \b"
-    await a.set_killpath(b"/usr/bin/touch", [os.fsencode(marker)])
-    await a.acquire([lease])
-    await beta.request(lease, Request.GRACEFUL)
-    with trio.fail_after(20):
-        while not marker.exists():
-            await trio.sleep(0.1)
-    assert [held.name for held in await a.inquire()] == [b"image"]
-
-
-async def test_an_index_of_leases(alpha: Daemon, shared: Path, tmp_path: Path) -> None:
+async def test_an_index_of_leases(alpha: Daemon, shared: Path) -> None:
     path = shared / "volume"
     path.write_bytes(b"")
     os.truncate(path, 8 * MIB)

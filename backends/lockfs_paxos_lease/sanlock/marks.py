@@ -34,7 +34,7 @@ class Marks:
             raise MountError(f"cannot make {self._directory}: {error.strerror}") from error
         except ProtocolError as error:
             hint = f"sanlock takes no longer path than {KILLPATH_BYTES} bytes: use a shorter LOCKFS_RUN_DIR."
-            raise MountError(f"the run directory is too deep for engine=sanlock: {self._directory}", hint=hint) from error
+            raise MountError(f"{self._directory} is too long a path for engine=sanlock", hint=hint) from error
 
     def argument(self, lease: str) -> bytes:
         """Return the path of the mark of a lease."""

@@ -1,4 +1,4 @@
-"""This host's place in a lockspace, by way of a sanlock daemon: joined, and joined anew whenever the daemon has left it.
+"""This host's place in a lockspace, by way of a sanlock daemon: joined, and joined anew when the daemon has left it.
 
 Invariants:
 * `lose` is called when the daemon is about to give the lockspace up, or has ended: it is the second way, beside the
