@@ -12,18 +12,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
 import trio
 
 from lockfs_paxos_lease import identity
-from lockfs_paxos_lease.engine.actions import Clock, Operation
-from lockfs_paxos_lease.engine.errors import Clash
+from lockfs_paxos_lease.engine.actions import Area, Clock, DiskError, Operation, read
+from lockfs_paxos_lease.engine.errors import Clash, StorageTrouble
 from lockfs_paxos_lease.engine.membership import Membership
 from lockfs_paxos_lease.engine.timing import Timing
-from lockfs_paxos_lease.format.errors import Code
-from lockfs_paxos_lease.format.leader import Leader
+from lockfs_paxos_lease.format.errors import BadRecord, Code
+from lockfs_paxos_lease.format.leader import Leader, validate_delta
 from lockfs_paxos_lease.place import Space, hosts_of
 from lockfs_paxos_lease.state import State
 
@@ -61,7 +61,7 @@ class Claim:
         """
         if self.wanted not in (0, state.host_id):
             return None
-        membership = self._membership(state.name.encode(errors="surrogateescape"))
+        membership = self._membership(state.name)
         return membership if await self.run(membership.resume(state.host_id, state.generation)) else None
 
     async def make(self, *, idle: bool) -> Membership:
@@ -69,7 +69,7 @@ class Claim:
 
         *idle*: it is certain that nobody can act any more by what this machine was granted before.
         """
-        records = dict(await self.run(self._membership(self.name).survey()))
+        records = await self.run(self._survey())
         mine = next((each for each in records if identity.is_of(records[each].resource_name, self.digits)), 0)
         if self.wanted or mine:
             return await self._take(self.wanted or mine, records, idle=idle)
@@ -120,6 +120,25 @@ class Claim:
         if clash is not None:
             raise clash
         raise Clash(Code.HOST_ID, f"all {limit} host ids are in use; set host_id= to that of a host that is gone", b"")
+
+    def _survey(self) -> Operation[dict[int, Leader]]:
+        """Return the records of all host ids that were ever used.  A damaged one counts as in use."""
+        geometry, fresh = self.space.geometry, (0, 0, 0)
+        try:
+            area = yield from read(Area.LOCKSPACE, 0, geometry.align, self.timing.io_timeout)
+        except DiskError as error:
+            raise StorageTrouble(Code.LEADER_READ, f"the lockspace could not be read: {error}") from error
+        found = {}
+        for host_id in range(1, geometry.max_hosts + 1):
+            record = Leader.decode(memoryview(area)[geometry.delta_offset(host_id) :])
+            try:
+                validate_delta(record, self.space.name, wanted=self.timing.delta_version)
+            except BadRecord as error:
+                log.warning("the record of host id %d is damaged: %s", host_id, error.what)
+                record = replace(record, timestamp=max(record.timestamp, 1))
+            if (record.owner_id, record.owner_generation, record.timestamp) != fresh:
+                found[host_id] = record
+        return found
 
     def _membership(self, name: bytes) -> Membership:
         return Membership(self.space.name, self.space.geometry, self.timing, name, self.clock)

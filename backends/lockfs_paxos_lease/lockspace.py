@@ -156,10 +156,12 @@ class Lockspace:
         try:
             membership = await self._join()
         except EngineError as error:
-            self._failed, self._why = error, error.message
+            self._failed = error
             self._joined.set()
-            level = logging.INFO if isinstance(error, StorageTrouble) else logging.ERROR
-            log.log(level, "%s: cannot join the lockspace: %s", self._place.where, error.message)
+            if self._why != error.message:
+                self._why = error.message
+                level = logging.INFO if isinstance(error, StorageTrouble) else logging.ERROR
+                log.log(level, "%s: cannot join the lockspace: %s", self._place.where, error.message)
             await trio.sleep(self.timing.renewal)
             return
         self._membership, self._failed = membership, None
@@ -251,6 +253,8 @@ class Lockspace:
         return min(FENCE_LEAD, self.timing.fence / FENCE_LEAD_SHARE)
 
     def _lose_all(self, reason: str) -> None:
+        if self.holding:
+            log.error("%s: what this host holds is to be fenced: %s", self._place.where, reason)
         for member in self.members:
             member.lose(reason)
 

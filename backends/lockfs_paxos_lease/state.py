@@ -27,7 +27,7 @@ class State(msgspec.Struct, frozen=True):
     boot: str
     host_id: int
     generation: int
-    name: str
+    name: bytes
     holding: bool
     version: int = VERSION
 
@@ -80,7 +80,7 @@ class StateFile:
 
     def save(self, boot: str, host_id: int, generation: int, name: bytes, *, holding: bool) -> None:
         """Write it down, in one step."""
-        state = State(self._space, boot, host_id, generation, name.decode(errors="surrogateescape"), holding)
+        state = State(self._space, boot, host_id, generation, name, holding)
         temporary = f"{self._path}.new"
         with open(temporary, "wb") as file:
             file.write(msgspec.json.encode(state))

@@ -56,8 +56,12 @@ async def station(
     fstype: str = "ext4",
     fsoptions: dict[str, str] | None = None,
     run_dirs: Path | None = None,
+    load: Callable[[Context], Backend] | None = None,
 ) -> AsyncIterator[Station]:
-    """Start a backend as lockd does, and stop it at the end.  Each host has a run directory below *run_dirs*."""
+    """Start a backend as lockd does, and stop it at the end.  Each host has a run directory below *run_dirs*.
+
+    *load* makes the backend, if it is not to be made as lockd does.
+    """
     spec = find(name)
     source_fd = os.open(share, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -71,7 +75,7 @@ async def station(
             options=parse_options(spec, options),
             run_dir=str(run_dirs / host) if run_dirs else "/nonexistent",
         )
-        backend = spec.load(context)
+        backend = (load or spec.load)(context)
         await backend.start()
         made = Station(host, backend, share)
         try:
