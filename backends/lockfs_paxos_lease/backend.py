@@ -9,6 +9,7 @@ Invariants:
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, replace
@@ -33,6 +34,7 @@ from lockfs_paxos_lease.engine.timing import DEFAULT_IO_TIMEOUT, Timing
 from lockfs_paxos_lease.errors import explained
 from lockfs_paxos_lease.naming import lease_name
 from lockfs_paxos_lease.place import Place, hosts_of
+from lockfs_paxos_lease.san.volume import LeaseVolume
 
 CARD_TIMEOUT = 2.0
 """Seconds for a card, on which nothing depends."""
@@ -64,16 +66,18 @@ class PaxosBackend:
         self._context = context
         self._source = text.from_bytes(context.source)
         self._timing = _timing(options["takeover"], options["io_timeout"])
-        self._place: Place = LeaseDirectory(
-            storage or Disks(context.fstype), driver.boottime, self._timing, context.source_fd, self._source,
-            str(options["leases"]),
-        )  # fmt: skip
+        self._place = self._find_place(storage or Disks(context.fstype), str(options["leases"]))
         self._cards = Cards(context.source_fd, self._source)
         self._card_lane = Lane(CARD_THREADS)
         self._random = random.SystemRandom()
         self._held: dict[str, _Held] = {}
         self._lockspace: lockspace.Lockspace | None = None
         self._tell_lost, self._lost = trio.open_memory_channel[Grant](float("inf"))
+
+    def _find_place(self, storage: Storage, leases: str) -> Place:
+        if leases and not os.path.isdir(leases):
+            return LeaseVolume(storage, driver.boottime, self._timing, leases, lambda: self._joined)
+        return LeaseDirectory(storage, driver.boottime, self._timing, self._context.source_fd, self._source, leases)
 
     # Its life --------------------------------------------------------------------------------
 

@@ -102,6 +102,10 @@ class SanlockBackend:
     async def start(self) -> None:
         """Find the daemon, and the lockspace or make it, and have the daemon join."""
         self._check_reachable()
+        leases = str(self._context.options["leases"])
+        if leases and not await trio.to_thread.run_sync(os.path.isdir, leases):
+            hint = "Leave engine=sanlock out, or set leases= to a directory."
+            raise MountError(f"engine=sanlock needs leases in a directory, and {leases} is none", hint=hint)
         try:
             self._ids = await self._daemon.ids()
         except DaemonGone as error:
