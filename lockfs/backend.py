@@ -95,6 +95,10 @@ class Busy(LockfsError):
         self.holder = holder
 
 
+class GrantLost(LockfsError):
+    """The lock that was to be taken up is not there any more; nothing was taken."""
+
+
 @dataclass(slots=True)
 class Grant:
     """A lock that the backend has granted to this host.
@@ -162,6 +166,23 @@ class Backend(Protocol):
         """Take the lock, without waiting for another host.  Raises `Busy` if one has it.
 
         *holder* is what other hosts may be told about who is going to hold it.
+        """
+
+    async def adopt(self, image: Image, mode: Mode, holder: Holder, keep: Sequence[int], token: int | None) -> Grant:
+        """Take up a lock that the last lockd of this host was granted, and that a mount still goes by.
+
+        Called after `start`, and before any other call for the image.  *mode* is the strongest that is held, *token*
+        that of the grant.  `image.fd` is the open file description that the lock was put on, *keep* are those of
+        `Grant.keep` in their order; both are what a mount has kept, and *keep* is the backend's if this returns, else
+        it stays the caller's.
+
+        Sees to it that the lock is there and has been all the time, and never takes one: raises `GrantLost` if it is
+        not, or is weaker than *mode*.  The grant says what there is, which may be stronger.  If the storage does not
+        answer in time, raise `LockUnavailable`: then lockd asks again, and the image counts as held meanwhile.  Or
+        return the grant, and tell by `lost` if it turns out not to be safe.
+
+        What the last lockd was granted and nobody takes up is free: locks in descriptors are gone with these; a backend
+        that has written them to the storage gives them back when `acquire` is called next, or sooner.
         """
 
     async def convert(self, grant: Grant, mode: Mode, holder: Holder) -> None:
@@ -262,6 +283,6 @@ def commands() -> list[Command]:
 
 
 __all__ = [
-    "UNKNOWN_HOST", "Backend", "Busy", "Command", "Context", "Denied", "Grant", "Holder", "Host", "Image",
-    "LockUnavailable", "Mode", "Spec", "commands", "find", "installed",
+    "UNKNOWN_HOST", "Backend", "Busy", "Command", "Context", "Denied", "Grant", "GrantLost", "Holder", "Host",
+    "Image", "LockUnavailable", "Mode", "Spec", "commands", "find", "installed",
 ]  # fmt: skip

@@ -8,6 +8,7 @@ checked and shown with care.
 from __future__ import annotations
 
 import errno
+import hashlib
 import logging
 import os
 import secrets
@@ -17,6 +18,7 @@ from typing import Annotated
 import msgspec
 
 from lockfs.backend import Holder, Mode
+from lockfs.linux import procfs
 
 CARD_BYTES = 4096
 PLACE = (".lockfs", "holders")
@@ -44,13 +46,16 @@ _decoder = msgspec.json.Decoder(Card)
 
 
 class Cards:
-    """The cards of one share.  *source_fd* is its top, *source* its name for messages."""
+    """The cards of one share.  *source_fd* is its top, *source* its name for messages.
 
-    def __init__(self, source_fd: int, source: str) -> None:
+    *writer* is who writes them, among all on this machine; a later one of that name has the cards of an earlier one.
+    """
+
+    def __init__(self, source_fd: int, source: str, writer: str) -> None:
         self._source_fd = source_fd
         self._source = source
         self._directory = -1
-        self._id = secrets.token_hex(8)
+        self._id = _identity(writer)
         self._complained = False
 
     def open(self) -> None:
@@ -149,6 +154,12 @@ class Cards:
                 "/".join(PLACE),
                 error.strerror,
             )
+
+
+def _identity(writer: str) -> str:
+    """Return what no other machine, and no other boot of this one, has for a writer of that name."""
+    boot = procfs.contents("/proc/sys/kernel/random/boot_id")
+    return hashlib.sha256(boot + writer.encode(errors="surrogateescape")).hexdigest()[:16]
 
 
 def _enter(parent: int, name: str) -> int:

@@ -104,6 +104,8 @@ OPTIONS: Sequence[Option] = (
            "what names an image among hosts: the file itself, or its path"),
     Option("managers", names, "libvirtd:virtqemud:virtlockd", "NAME[:NAME...]",
            "programs whose opens for write take the lock at their first write only"),
+    Option("orphans", one_of("keep", "kill"), "keep", "keep|kill",
+           "processes that can still write when all daemons have died: keep others out until they end, or kill them"),
 )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from typing import TypeVar
 import trio
 
 from lockfs import text
-from lockfs.backend import UNKNOWN_HOST, Busy, Context, Denied, Grant, Holder, Host, Image, Mode
+from lockfs.backend import UNKNOWN_HOST, Busy, Context, Denied, Grant, GrantLost, Holder, Host, Image, Mode
 from lockfs.cards import Cards
 from lockfs.errors import MountError
 from lockfs.linux import mountinfo, ofd
@@ -41,7 +41,7 @@ class FcntlBackend:
         self._source = text.from_bytes(context.source)
         self._lockspace = str(context.options["lockspace"])
         self._directory = -1
-        self._cards = Cards(context.source_fd, self._source)
+        self._cards = Cards(context.source_fd, self._source, f"{context.host}\0{context.run_dir}")
         self._limiter = trio.CapacityLimiter(THREADS)
         self._stopped = trio.Event()
 
@@ -104,6 +104,23 @@ class FcntlBackend:
             return Grant(image, mode, keep=keep)
 
         return await self._storage("lock", image, work)
+
+    async def adopt(self, image: Image, mode: Mode, holder: Holder, keep: Sequence[int], token: int | None) -> Grant:
+        """Look whether the lock is there: it lives in the descriptor, so there is nothing to do but that."""
+
+        def work() -> Grant:
+            fds = keep[:1] if self._lockspace else [image.fd]
+            path = text.from_bytes(image.path)
+            if not fds or fds[0] < 0:
+                raise GrantLost(f"nobody has the descriptor that the lock on {path} was put on")
+            for exclusive in (True, False):
+                if ofd.is_held(fds[0], exclusive=exclusive, start=START, length=LENGTH):
+                    return Grant(image, Mode.EXCLUSIVE if exclusive else Mode.SHARED, keep=list(keep))
+                if mode is Mode.EXCLUSIVE:
+                    break
+            raise GrantLost(f"the lock on {path} is not there any more")
+
+        return await self._storage("look at the lock on", image, work)
 
     async def convert(self, grant: Grant, mode: Mode, holder: Holder) -> None:
         """Change the lock in one step: nobody gets in between."""

@@ -28,6 +28,10 @@ class NopBackend:
         """Grant it."""
         return Grant(image, mode)
 
+    async def adopt(self, image: Image, mode: Mode, holder: Holder, keep: Sequence[int], token: int | None) -> Grant:
+        """Grant it: what is never kept is always there."""
+        return Grant(image, mode)
+
     async def convert(self, grant: Grant, mode: Mode, holder: Holder) -> None:
         """Grant it in the other mode."""
         grant.mode = mode

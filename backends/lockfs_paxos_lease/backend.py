@@ -18,7 +18,7 @@ from typing import TypeVar
 import trio
 
 from lockfs import text
-from lockfs.backend import UNKNOWN_HOST, Busy, Context, Denied, Grant, Holder, Host, Image, Mode
+from lockfs.backend import UNKNOWN_HOST, Busy, Context, Denied, Grant, GrantLost, Holder, Host, Image, Mode
 from lockfs.cards import Cards
 from lockfs.errors import LockUnavailable
 from lockfs_paxos_lease import driver, identity, lockspace, viewing
@@ -67,7 +67,7 @@ class PaxosBackend:
         self._source = text.from_bytes(context.source)
         self._timing = _timing(options["takeover"], options["io_timeout"])
         self._place = self._find_place(storage or Disks(context.fstype), str(options["leases"]))
-        self._cards = Cards(context.source_fd, self._source)
+        self._cards = Cards(context.source_fd, self._source, f"{context.host}\0{context.run_dir}")
         self._card_lane = Lane(CARD_THREADS)
         self._random = random.SystemRandom()
         self._held: dict[str, _Held] = {}
@@ -134,6 +134,36 @@ class PaxosBackend:
             raise
         held.grant = Grant(image, mode, token=token)
         await self._card(lambda: self._cards.write(image.ino, holder))
+        return held.grant
+
+    async def adopt(self, image: Image, mode: Mode, holder: Holder, keep: Sequence[int], token: int | None) -> Grant:
+        """See whether the lease is there, in the incarnation that the last lockd had; nothing is taken."""
+        joined, name, path = self._joined, self._name(image), text.from_bytes(image.path)
+        if joined.broken:
+            raise GrantLost(f"the lease on {path} has run out: the last lockd's lease was not taken up in time")
+        membership = joined.membership()
+        if name in self._held:
+            raise LockUnavailable(f"the lease on {path} is in use already")
+        area = await self._place.find(name)
+        if area is None:
+            raise GrantLost(f"the lease on {path} is not there any more")
+        held = self._held[name] = _Held(name, self._lease(name, membership), area, mode)
+        try:
+            with explained(f"look at the lock on {path}", area.where):
+                await joined.note_holding(membership)
+                found = await joined.run(held.lease.adopt(), area)
+            has = Mode.SHARED if found is engine.Mode.SHARED else Mode.EXCLUSIVE
+            if found is None or (has is Mode.SHARED and mode is Mode.EXCLUSIVE):
+                raise GrantLost(f"the lease on {path} is not this host's any more")
+            if has is Mode.EXCLUSIVE and token is not None and held.lease.version != token:
+                raise GrantLost(f"the lease on {path} has changed hands: version {held.lease.version}, not {token}")
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await self._forget(held)
+            raise
+        held.mode = has
+        held.grant = Grant(image, has, token=held.lease.version if has is Mode.EXCLUSIVE else token)
+        await self._card(lambda: self._cards.write(image.ino, replace(holder, mode=has)))
         return held.grant
 
     async def convert(self, grant: Grant, mode: Mode, holder: Holder) -> None:

@@ -21,7 +21,7 @@ from typing import TypeVar
 import trio
 
 from lockfs import text
-from lockfs.backend import UNKNOWN_HOST, Busy, Context, Denied, Grant, Holder, Host, Image, Mode
+from lockfs.backend import UNKNOWN_HOST, Busy, Context, Denied, Grant, GrantLost, Holder, Host, Image, Mode
 from lockfs.cards import Cards
 from lockfs.errors import LockUnavailable, MountError
 from lockfs_paxos_lease import driver, identity
@@ -88,7 +88,7 @@ class SanlockBackend:
             Disks(context.fstype), driver.boottime, Timing.sanlock(self._io_timeout), context.source_fd, self._source,
             str(options["leases"]),
         )  # fmt: skip
-        self._cards = Cards(context.source_fd, self._source)
+        self._cards = Cards(context.source_fd, self._source, f"{context.host}\0{context.run_dir}")
         self._held: dict[str, _Held] = {}
         self._ids = (0, 0)
         self._space: Space | None = None
@@ -195,6 +195,34 @@ class SanlockBackend:
         held.grant = Grant(image, mode, token=found[0].lver if found else None, keep=[client.fileno()])
         await self._aside(lambda: self._cards.write(image.ino, holder))
         return held.grant
+
+    async def adopt(self, image: Image, mode: Mode, holder: Holder, keep: Sequence[int], token: int | None) -> Grant:
+        """Go on with the connection, if the daemon has the lease for it."""
+        _, marks, space = self._parts()
+        name, path = self._name(image), text.from_bytes(image.path)
+        if not keep:
+            raise GrantLost(f"nobody has the connection to sanlock by which {path} was locked")
+        client = Client.of(keep[0])
+        try:
+            wanted = (space.name, name.encode())
+            there = [each for each in await client.inquire() if (each.lockspace, each.name) == wanted]
+            if not there or (mode is Mode.EXCLUSIVE and there[0].lver is None):
+                raise GrantLost(f"sanlock does not keep the lock on {path} any more")
+            await client.set_killpath(marks.program, [marks.argument(name)])
+        except DaemonGone as error:
+            client.close()
+            raise GrantLost(f"the sanlock daemon that kept the lock on {path} has ended") from error
+        except BaseException:
+            client.close()
+            raise
+        for fd in keep:
+            os.close(fd)
+        mode = Mode.SHARED if there[0].lver is None else Mode.EXCLUSIVE
+        resource = Resource(space.name, name.encode(), there[0].disk, flags=_FLAGS[mode])
+        grant = Grant(image, mode, token=there[0].lver, keep=[client.fileno()])
+        # A mark that was made while no lockd was there is seen from now on.
+        self._held[name] = _Held(resource, client, grant)
+        return grant
 
     async def convert(self, grant: Grant, mode: Mode, holder: Holder) -> None:
         """Change the mode of the lease; weaker in a way that nobody gets in between."""

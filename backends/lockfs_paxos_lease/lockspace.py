@@ -62,6 +62,8 @@ class Lockspace:
         self.wanted = wanted
         self.members: list[Member] = []
         self.area: AreaIO | None = None
+        self.broken = False
+        """What the last lockd was granted is lost: its incarnation has run out, and a new one is not there yet."""
         self.renewal = Renewal(called=False)
         self._place = place
         self._clock = clock
@@ -184,6 +186,7 @@ class Lockspace:
             if state is not None:
                 holding = state.holding
                 membership = await claim.resume(state)
+            self.broken = membership is None
             idle = state is not None and not state.holding
         else:
             idle = not holding
@@ -193,6 +196,7 @@ class Lockspace:
         # The look at the others that comes with it is what tells the living from the dead.
         self.renewal = await self.run(membership.renew())
         self._was_member = True
+        self.broken = False
         return membership
 
     async def _save(self, membership: Membership, *, holding: bool) -> None:

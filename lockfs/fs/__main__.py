@@ -17,7 +17,9 @@ from lockfs.protocol.start import run_dir
 
 kernel.load()  # before anything imports pyfuse3
 
+from lockfs.fs import survival  # noqa: E402
 from lockfs.fs.daemon import Request, serve  # noqa: E402
+from lockfs.fs.successor import take_over  # noqa: E402
 
 log = logging.getLogger("lockfs.fs")
 
@@ -49,13 +51,25 @@ def main() -> int:
     parser.add_argument("--data", default="", help="further options of mount(2), as security contexts")
     parser.add_argument("-o", dest="options", default="", help="lockfs's own options and the backend's")
     parser.add_argument("--ready-fd", type=int, default=-1)
+    parser.add_argument("--resume", metavar="MOUNT_ID", default="", help="take over this mount from a daemon that died")
+    parser.add_argument("--token", default="", help="by which lockd knows its successor")
+    for name in ("fuse", "source", "namespace"):
+        parser.add_argument(f"--{name}-fd", type=int, default=-1)
     arguments = parser.parse_args()
     ready = _Ready(arguments.ready_fd)
     directory = run_dir()
-    mountpoint = os.path.realpath(arguments.mountpoint)
+    # A successor must not look at its own mount, where nobody answers; it gets real paths.
+    mountpoint = arguments.mountpoint if arguments.resume else os.path.realpath(arguments.mountpoint)
+    if arguments.namespace_fd >= 0:
+        # Before there are threads: all of them have to see the mounts that the daemon before has seen.
+        survival.enter_namespace(arguments.namespace_fd)
     try:
         name = text.from_bytes(mountpoint).strip("/").replace("/", "-")
         logs.set_up(f"mount-{name[-200:]}", directory)
+        if arguments.resume:
+            heir = survival.Heir(directory, arguments.resume, arguments.token, arguments.fuse_fd, arguments.source_fd)
+            trio.run(take_over, heir)
+            return 0
         request = Request(
             source=os.path.realpath(arguments.source),
             mountpoint=mountpoint,

@@ -6,6 +6,8 @@ import errno
 import os
 import stat as st
 from collections.abc import Sequence
+from contextlib import nullcontext
+from contextvars import ContextVar
 
 import msgspec
 import pyfuse3
@@ -15,12 +17,18 @@ from lockfs.errors import LockUnavailable
 from lockfs.fs.base import replies
 from lockfs.fs.nodes import Node
 from lockfs.fs.writing import WriteRights
+from lockfs.kernel import session
+from lockfs.kernel.session import Current
 from lockfs.linux import files
 from lockfs.linux.files import proc_path
 
 OWN_XATTRS = (b"user.lockfs.",)
 """Names that lockfs answers itself, and that nobody may set."""
 HOLDER_XATTR = b"user.lockfs.holder"
+
+SETXATTR = 21
+_SETTING: ContextVar[Current | None] = ContextVar("setting", default=None)
+"""The request to set an attribute for which pyfuse3 has asked in this task whether the attribute is there."""
 
 GUARDED_XATTRS = (b"security.", b"system.posix_acl_")
 """Attributes that decide who may reach an image: changed only while no other host runs it."""
@@ -46,8 +54,10 @@ class AttributeOperations(WriteRights):
         """Change size, owner, mode and times, in the order in which none undoes another."""
         node = self.nodes.get(inode)
         clears_suid = self.clears_suid()
-        if fields.update_size:
+        effect = self.effects.begin()
+        if fields.update_size and effect.done is None:
             await self.truncate(node, attr.st_size, fh, ctx)
+            effect.finish()
         with self.nodes.borrow(node) as fd:
             # A chown that changes nothing arrives as a request for nothing.  It is one, too, to clear the set-id bits.
             nothing = not (fields.update_size or fields.update_atime or fields.update_mtime)
@@ -83,6 +93,12 @@ class AttributeOperations(WriteRights):
     @replies
     async def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:
         """Read an extended attribute; who holds an image is one."""
+        if self.effects.journal.begun and (current := session.current()).opcode == SETXATTR:
+            # pyfuse3 looks whether one is there that has to be made.
+            _SETTING.set(current)
+            effect = self.effects.begin(current)
+            if effect.done is not None or effect.intended is not None:
+                raise OSError(pyfuse3.ENOATTR, os.strerror(pyfuse3.ENOATTR))
         node = self.nodes.get(inode)
         if name == HOLDER_XATTR:
             return await self._holder(node, ctx)
@@ -106,22 +122,35 @@ class AttributeOperations(WriteRights):
     @replies
     async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: RequestContext) -> None:
         """Set an extended attribute."""
+        effect = self.effects.begin(_SETTING.get())
+        _SETTING.set(None)
+        if effect.done is not None:
+            return
         node = self.nodes.get(inode)
         _not_own(name)
         await self._check_guarded(node, name, value, ctx)
-        with self.nodes.borrow(node) as fd:
+        with self.nodes.borrow(node) as fd, effect.intend():
             # An ACL clears the set-group-id bit, unless its owner is in the group or may set it.
             run = self.work.as_seen if name.startswith(b"system.posix_acl_") else self.work.long
             await run(ctx, lambda: os.setxattr(proc_path(fd), name, value))
+        effect.finish()
 
     @replies
     async def removexattr(self, inode: int, name: bytes, ctx: RequestContext) -> None:
         """Remove an extended attribute."""
+        effect = self.effects.begin()
+        if effect.done is not None:
+            return
         node = self.nodes.get(inode)
         _not_own(name)
-        await self._check_guarded(node, name, None, ctx)
         with self.nodes.borrow(node) as fd:
-            await self.work.long(ctx, lambda: os.removexattr(proc_path(fd), name))
+            # It cannot be read to see whether it is there: some that are not valid can be removed all the same.
+            there = name in map(os.fsencode, await self.work.short(ctx, os.listxattr, proc_path(fd)))
+        if there or effect.intended is None:
+            await self._check_guarded(node, name, None, ctx)
+            with self.nodes.borrow(node) as fd, effect.intend() if there else nullcontext():
+                await self.work.long(ctx, lambda: os.removexattr(proc_path(fd), name))
+        effect.finish()
 
     async def _check_guarded(self, node: Node, name: bytes, value: bytes | None, ctx: RequestContext) -> None:
         if not name.startswith(GUARDED_XATTRS):

@@ -16,6 +16,7 @@ import pyfuse3
 from lockfs.errors import LockfsError
 from lockfs.fs.guard import Guard
 from lockfs.fs.handles import Handles
+from lockfs.fs.journal.effects import Effects
 from lockfs.fs.nodes import Node, NodeTable
 from lockfs.fs.owners import Owners
 from lockfs.fs.source import HIDDEN, Found
@@ -27,7 +28,7 @@ log = logging.getLogger("lockfs.fs")
 
 P = ParamSpec("P")
 R = TypeVar("R")
-S = TypeVar("S")
+S = TypeVar("S", bound="Base")
 
 HELD_TIMEOUT = 1.0
 """Seconds for which the kernel may trust attributes of an image that this mount holds exclusively.
@@ -45,12 +46,15 @@ class Parts:
     guard: Guard
     handles: Handles
     owners: Owners
+    effects: Effects
 
 
 def replies(
     handler: Callable[Concatenate[S, P], Coroutine[Any, Any, R]],
 ) -> Callable[Concatenate[S, P], Coroutine[Any, Any, R]]:
-    """Make a handler raise nothing but FUSEError, with the errno that the caller is to see."""
+    """Make a handler raise nothing but FUSEError, with the errno that the caller is to see; and have the journal
+    written before the reply.
+    """
 
     @functools.wraps(handler)
     async def wrapper(self: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -65,6 +69,8 @@ def replies(
         except Exception:
             log.exception("%s failed", handler.__name__)
             raise pyfuse3.FUSEError(errno.EIO) from None
+        finally:
+            self.effects.journal.flush()
 
     return wrapper
 
@@ -83,6 +89,7 @@ class Base(pyfuse3.Operations):
         self.guard = parts.guard
         self.handles = parts.handles
         self.owners = parts.owners
+        self.effects = parts.effects
 
     def attributes(self, node: Node, stat: os.stat_result) -> pyfuse3.EntryAttributes:
         """Return the attributes of *node* in the form of pyfuse3, and say how long the kernel may trust them."""

@@ -74,6 +74,14 @@ def begin(operations: Operations, fd: int, nursery: trio.Nursery) -> None:
     pyfuse3.init(operations, f"/dev/fd/{fd}", set())
 
 
+def resume(operations: Operations, fd: int, nursery: trio.Nursery, init: bytes) -> None:
+    """Take over a connection whose daemon has died; nothing is read before pyfuse3's main loop runs.
+
+    Raises `LockfsError`.
+    """
+    operations.negotiated = session.begin(operations, fd, extra.Requests(operations, nursery), SETTINGS, init)
+
+
 def interrupt_reads() -> None:
     """End reads of /dev/fuse that find nothing.
 

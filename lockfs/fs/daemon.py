@@ -10,16 +10,20 @@ import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import pyfuse3
 import trio
 
 from lockfs import kernel, options, text
 from lockfs.errors import LockUnavailable, MountError
-from lockfs.fs import connection, lifetime, source
+from lockfs.fs import connection, lifetime, source, survival
 from lockfs.fs.base import Parts
 from lockfs.fs.guard import Guard
 from lockfs.fs.handles import Handles
+from lockfs.fs.journal import records
+from lockfs.fs.journal.effects import Effects
+from lockfs.fs.journal.file import Journal
 from lockfs.fs.mappings import Mappings
 from lockfs.fs.nodes import Node, NodeTable
 from lockfs.fs.operations import Operations
@@ -69,7 +73,7 @@ async def serve(request: Request, ready: Callable[[], None]) -> None:
         )
         try:
             async with trio.open_nursery() as nursery:
-                operations = _assemble(request, root, storage.fstype, session)
+                operations = assemble(request, root, storage.fstype, session)
                 try:
                     await _serve(request, operations, session, nursery, ready)
                 finally:
@@ -113,16 +117,18 @@ def _registration(request: Request, storage: mountinfo.MountInfo) -> messages.Mo
     )
 
 
-def _assemble(request: Request, root: int, fstype: str, session: LockdSession) -> Operations:
+def assemble(request: Request, root: int, fstype: str, session: LockdSession) -> Operations:
+    """Put the parts of a mount together; *root* is a descriptor of the source, on a filesystem of type *fstype*."""
     values = request.options.values
     work = Work(fstype)
     found = source.identify(os.open(".", source.PATH_FLAGS | os.O_DIRECTORY, dir_fd=root))
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    nodes = NodeTable(root, found, open_limit=min(4096, limit // 4), close=work.close)
+    journal = Journal()
+    nodes = NodeTable(root, found, open_limit=min(4096, limit // 4), close=work.close, journal=journal)
     if not isinstance(found.key, bytes):
         log.info("%s has no file handles: each file that the kernel knows of keeps a descriptor open", fstype)
     guard = Guard(nodes, work, Policy(values), session, request.mountpoint, values["key"] == "path", _distrust)
-    return Operations(Parts(nodes, work, guard, Handles(), Owners(values)))
+    return Operations(Parts(nodes, work, guard, Handles(journal), Owners(values), Effects(journal)))
 
 
 def _distrust(node: Node) -> None:
@@ -139,32 +145,63 @@ async def _serve(
 ) -> None:
     mountpoint = text.from_bytes(request.mountpoint)
     async with _mounted(request, operations, nursery) as fd:
-        if request.options.values["data"] != "gated":
-            _bypass(request, operations, fd, nursery)
-        nursery.start_soon(
-            session.follow, mountpoint, lambda order: lifetime.obey(order, operations.nodes, operations.guard)
-        )
-        nursery.start_soon(_unmount_on_signal, request.mountpoint)
+        found = mountinfo.at(request.mountpoint)
+        if found is None:
+            raise MountError(f"{text.from_bytes(request.mountpoint)} was unmounted while it was mounted")
+        if request.options.values["data"] != "gated" and _can_bypass(request, operations):
+            bypass(operations, fd, found.dev, nursery)
+        if operations.negotiated is not None:
+            survival.begin_journal(request, operations, session.mount_id, found.dev)
+        follow = partial(session.follow, mountpoint, obedience(operations), operations.guard.held)
+        nursery.start_soon(survival.vital, operations, follow)
+        nursery.start_soon(unmount_on_signal, request.mountpoint)
         nursery.start_soon(_announce, request, operations, session, fd, ready)
-        await pyfuse3.main(min_tasks=MIN_TASKS, max_tasks=MAX_TASKS)
+        await survival.vital(operations, answer)
     log.info("unmounted %s", mountpoint)
 
 
-def _bypass(request: Request, operations: Operations, fd: int, nursery: trio.Nursery) -> None:
-    """Let data go past the daemon, if the kernel can; else say so, or refuse the mount where nothing else is wanted."""
+async def answer() -> None:
+    """Answer the kernel until the mount has ended."""
+    await pyfuse3.main(min_tasks=MIN_TASKS, max_tasks=MAX_TASKS)
+
+
+def obedience(operations: Operations) -> Callable[[messages.Order], None]:
+    """Return what carries out lockd's orders."""
+
+    def obey(order: messages.Order) -> None:
+        lifetime.obey(order, operations.nodes, operations.guard)
+        operations.effects.journal.flush()
+
+    return obey
+
+
+def _can_bypass(request: Request, operations: Operations) -> bool:
+    """Say whether data can go past the daemon; if it cannot, tell, or refuse the mount where nothing else is wanted."""
     agreed = operations.negotiated
     if agreed is None or not agreed.passthrough:
         missing = kernel.probe() or "The kernel did not agree to passthrough."
         if request.options.values["data"] == "passthrough":
             raise MountError(f"no data=passthrough here: {missing}", hint="Use data=auto or data=gated.")
         log.info("all data goes through the mount daemon: %s", missing)
-        return
-    found = mountinfo.at(request.mountpoint)
-    if found is None:
-        raise MountError(f"{text.from_bytes(request.mountpoint)} was unmounted while it was mounted")
-    operations.backing = Backing(fd, enabled=True)
-    operations.mappings = Mappings(operations.nodes, operations.guard, operations.backing, fd, found.dev)
-    nursery.start_soon(operations.mappings.run)
+        return False
+    return True
+
+
+def bypass(operations: Operations, fd: int, dev: int, nursery: trio.Nursery) -> None:
+    """Let data go past the daemon; *dev* is the device number of the mount, whose connection is *fd*."""
+    journal = operations.effects.journal
+
+    def opened(node: int, backing_id: int) -> None:
+        journal.note(records.Backed(node, backing_id))
+
+    def closed(backing_id: int) -> None:
+        journal.note(records.Unbacked(backing_id))
+
+    operations.backing = Backing(fd, enabled=True, opened=opened, closed=closed)
+    operations.mappings = Mappings(
+        operations.nodes, operations.handles, operations.guard, operations.backing, fd, dev
+    )
+    nursery.start_soon(survival.vital, operations, operations.mappings.run)
 
 
 @asynccontextmanager
@@ -180,6 +217,7 @@ async def _mounted(request: Request, operations: Operations, nursery: trio.Nurse
     try:
         yield fd
     except BaseException:
+        # Not one that lockd knows: `survival.vital` has ended this process then, for the sake of its successor.
         # Nobody serves it any more: a mount that is left would only give errors.
         await _detach(request.mountpoint)
         raise
@@ -202,16 +240,18 @@ async def _announce(
     if operations.negotiated is None:
         connection.widen(request.mountpoint)
     data: messages.DataPath = "gated" if operations.backing is None else "passthrough"
-    dev = await lifetime.attach(session, request.mountpoint, data, fd)
+    resumable = operations.effects.journal.begun
+    dev = await lifetime.attach(session, request.mountpoint, data, fd, resumable=resumable)
+    operations.attached = resumable
     log.info(
         "mounted %s on %s, backend %s, data %s",
         text.from_bytes(request.source), text.from_bytes(request.mountpoint), request.options.values["backend"], data,
     )  # fmt: skip
     ready()
-    await lifetime.detach_when_unmounted(session, request.mountpoint, dev)
+    await survival.vital(operations, lifetime.detach_when_unmounted, session, request.mountpoint, dev)
 
 
-async def _unmount_on_signal(mountpoint: bytes) -> None:
+async def unmount_on_signal(mountpoint: bytes) -> None:
     """On SIGTERM, unmount; a mount that is in use stays, since to end would fail every write on it."""
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async for number in signals:

@@ -26,10 +26,13 @@ class DirectoryOperations(Base):
     @replies
     async def opendir(self, inode: int, ctx: RequestContext) -> int:
         """Open a directory."""
+        effect = self.effects.begin()
+        if effect.resent and (number := self.handles.directory_opened_by(effect.unique)) is not None:
+            return number
         node = self.nodes.get(inode)
         with self.nodes.borrow(node) as fd:
             directory = await self.work.short(ctx, os.open, proc_path(fd), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        return self.handles.add_directory(DirectoryHandle(node, directory))
+        return self.handles.add_directory(DirectoryHandle(node, directory, unique=effect.unique))
 
     @replies
     async def readdir(self, fh: int, start_id: int, token: ReaddirToken) -> None:
@@ -39,6 +42,7 @@ class DirectoryOperations(Base):
         handle = self.handles.directory(fh)
         if start_id == 0:
             handle.names = await self._list(handle)
+            self.handles.listed(fh)
         at = start_id
         while at < len(handle.names):
             batch = handle.names[at : at + (_BATCH if self.work.remote else 1)]
@@ -88,7 +92,9 @@ class DirectoryOperations(Base):
     @replies
     async def releasedir(self, fh: int) -> None:
         """Close a directory."""
-        os.close(self.handles.take_directory(fh).fd)
+        fd = self.handles.take_directory(fh).fd
+        if fd >= 0:
+            os.close(fd)
 
 
 def _find_all(directory: int, names: list[bytes]) -> dict[bytes, Found]:

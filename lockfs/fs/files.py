@@ -8,6 +8,7 @@ from typing import cast
 
 from lockfs.fs.base import replies
 from lockfs.fs.handles import FileHandle
+from lockfs.fs.journal.effects import Effect
 from lockfs.fs.work import DAEMON
 from lockfs.fs.writing import WriteRights
 from lockfs.linux import files
@@ -30,13 +31,28 @@ class FileOperations(WriteRights):
         """Write all of *buf*, or as much as the storage takes."""
         handle = self.handles.file(fh)
         clears_suid = self.clears_suid()
+        effect = self.effects.begin()
+        if effect.done is not None:
+            return effect.done.value
         await self.claim(handle)
         if clears_suid:
             await self.work.long(DAEMON, files.chown, handle.fd, -1, -1)
+        if handle.flags & os.O_APPEND:
+            return await self._append(handle, off, buf, effect)
         written = _write_at_once(handle.fd, off, buf)
-        if written == len(buf):
-            return written
-        return await self.work.data(_write_all, handle.fd, off, buf, written)
+        if written != len(buf):
+            written = await self.work.data(_write_all, handle.fd, off, buf, written)
+        effect.finish(value=written)
+        return written
+
+    async def _append(self, handle: FileHandle, off: int, buf: bytes, effect: Effect) -> int:
+        """Write to a file that can only be appended to, where the place of a write does not count."""
+        if effect.intended is not None and await self.work.data(os.pread, handle.fd, len(buf), off) == buf:
+            return len(buf)
+        with effect.intend(size=off):
+            written = await self.work.data(_write_all, handle.fd, off, buf, 0)
+        effect.finish(value=written)
+        return written
 
     @replies
     async def flush(self, fh: int) -> None:
@@ -49,8 +65,13 @@ class FileOperations(WriteRights):
     @replies
     async def fsync(self, fh: int, datasync: bool) -> None:
         """Make what was written durable."""
-        fd = self.handles.file(fh).fd
-        await self.work.sync(os.fdatasync if datasync else os.fsync, fd)
+        handle = self.handles.file(fh)
+        if handle.inherited and handle.hold is not None:
+            # The descriptors of the lock are older than this daemon: they tell of errors before its time.
+            handle.inherited = False
+            for kept in handle.hold.kept:
+                await self.work.sync(os.fsync, kept)
+        await self.work.sync(os.fdatasync if datasync else os.fsync, handle.fd)
 
     @replies
     async def release(self, fh: int) -> None:
@@ -59,7 +80,11 @@ class FileOperations(WriteRights):
 
     async def close_handle(self, handle: FileHandle) -> None:
         """Close an open file and give its image back, as soon as nobody can write to it any more."""
-        if self.work.remote:
+        mappings = self.mappings if handle.hold is not None and handle.mappable else None
+        self.handles.note_closed(handle, lingers=mappings is not None)
+        if handle.fd < 0:
+            pass  # it was gone already when this daemon took over
+        elif self.work.remote:
             await self.work.sync(os.close, handle.fd)
         elif os.fstat(handle.fd).st_nlink == 0:
             self.work.close(handle.fd)
@@ -69,8 +94,8 @@ class FileOperations(WriteRights):
             self.backing.close(handle.node.id)
         if handle.hold is None:
             return
-        if handle.mappable and self.mappings is not None:
-            self.mappings.closed(handle.node, handle.hold)
+        if mappings is not None:
+            mappings.closed(handle, handle.hold)
         else:
             await self.guard.release(handle.hold)
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -26,6 +26,7 @@ from lockfs.backend import Busy, Mode
 from lockfs.errors import LockUnavailable
 from lockfs.fs.nodes import Node, NodeTable
 from lockfs.fs.policy import Policy
+from lockfs.fs.session import Held
 from lockfs.fs.work import Caller, Work
 from lockfs.linux.files import proc_path
 from lockfs.protocol import messages
@@ -50,6 +51,11 @@ class Hold:
         """True once the lock is no longer safe to write under."""
         return self.image.lost
 
+    @property
+    def kept(self) -> list[int]:
+        """Descriptors of the image that came from lockd."""
+        return list(self.image.keep)
+
 
 @dataclass(slots=True)
 class _Owned:
@@ -63,13 +69,19 @@ class _Owned:
 
 @dataclass(slots=True)
 class _Image:
-    """One image with all its owners in this mount."""
+    """One image with all its owners in this mount.
+
+    `lock_fd` is the descriptor that its lock was put on: the carrier, or one of another mount that has it too.  `keep`
+    are others that came with the lock.  `nodes` are the ids by which it was taken.
+    """
 
     message: messages.Image
     node: Node
     owners: dict[str, _Owned] = field(default_factory=dict)
     carrier: int = -1
+    lock_fd: int = -1
     keep: list[int] = field(default_factory=list)
+    nodes: set[int] = field(default_factory=set)
     users: int = 0
     lost: bool = False
 
@@ -80,8 +92,10 @@ class _Image:
 class Lockd(Protocol):
     """What the guard asks of lockd; `lockfs.fs.session` is the real one."""
 
-    async def acquire(self, image: messages.Image, mode: Mode, owner: Owner, fd: int, node: int) -> list[int]:
-        """Take a lock; return descriptors to keep open with it.  Raises `Busy`, `LockUnavailable`."""
+    async def acquire(
+        self, image: messages.Image, mode: Mode, owner: Owner, fd: int, node: int
+    ) -> tuple[messages.Acquired, list[int]]:
+        """Take a lock; return the answer and descriptors to keep open with it.  Raises `Busy`, `LockUnavailable`."""
 
     async def release(self, image: messages.Image, mode: Mode, owner: Owner) -> None:
         """Give it back; never fails."""
@@ -129,6 +143,14 @@ class Guard:
         full = self._mountpoint.rstrip(b"/") + b"/" + path
         return messages.Image(node.dev, node.ino, text.from_bytes(path), text.from_bytes(full))
 
+    def held(self) -> list[Held]:
+        """List all that this mount holds."""
+        return [
+            Held(image.message, holds, image.lock_fd, tuple(image.keep), image.lost)
+            for image in self._images.values()
+            if (holds := _holds(image))
+        ]
+
     async def holders(self, node: Node, caller: Caller) -> list[messages.HolderInfo]:
         """List who holds the image of *node*, here or elsewhere.  Raises `LockUnavailable`, OSError."""
         with self._nodes.borrow(node) as fd:
@@ -163,13 +185,47 @@ class Guard:
                     raise LockUnavailable(f"the lock of {image.message.path} was lost")
                 if not owned.counts[mode]:
                     await self._open_carrier(image, node, mode, caller)
-                    kept = await self._lockd.acquire(image.message, mode, owner, image.carrier, node.id)
-                    image.keep.extend(kept)
+                    # From its answer to the count nothing may wait: a lockd that comes back is told what is counted.
+                    acquired, kept = await self._lockd.acquire(image.message, mode, owner, image.carrier, node.id)
+                    self._keep(image, acquired, kept)
+                    image.nodes.add(node.id)
                 owned.counts[mode] += 1
         except BaseException:
             self._leave(image, owner.key, owned)
             raise
         return hold
+
+    def _keep(self, image: _Image, acquired: messages.Acquired, kept: list[int]) -> None:
+        """Note which descriptors a lock lives in; those of an earlier one are of no use any more."""
+        if not acquired.first:
+            image.keep.extend(kept)
+            return
+        before = [*image.keep, *([image.lock_fd] if image.lock_fd not in (-1, image.carrier) else [])]
+        image.lock_fd = kept.pop(0) if acquired.foreign else image.carrier
+        image.keep = kept
+        for fd in before:
+            self._work.close(fd)
+
+    def restore(self, node: Node, mode: Mode, owner: Owner) -> Hold:
+        """Take over a hold of the daemon before, for which lockd has the lock still."""
+        image = self._enter(node)
+        owned = image.owners.setdefault(owner.key, _Owned(owner))
+        owned.users += 1
+        owned.counts[mode] += 1
+        image.nodes.add(node.id)
+        return Hold(image, owner, mode)
+
+    async def reclaim(self, fetch: Callable[[messages.Image], Awaitable[list[int]]]) -> None:
+        """Have *fetch* return the descriptors that are to be kept with the lock of each image that was taken over."""
+        for image in list(self._images.values()):
+            if image.lock_fd >= 0 or image.keep:
+                continue
+            kept = await fetch(image.message)
+            if kept and self._images.get(image.node.identity) is image and image.lock_fd < 0:
+                image.lock_fd, image.keep = kept[0], kept[1:]
+            else:
+                for fd in kept:
+                    self._work.close(fd)
 
     def join(self, node: Node) -> Hold | None:
         """Share what an owner in this mount holds exclusively; None if none does.
@@ -237,7 +293,7 @@ class Guard:
         if image.users:
             return
         self._images.pop(image.node.identity, None)
-        for fd in (image.carrier, *image.keep):
+        for fd in {image.carrier, image.lock_fd, *image.keep}:
             if fd >= 0:
                 self._work.close(fd)
 
@@ -259,6 +315,15 @@ class Guard:
         if image is not None and not image.lost:
             image.lost = True
             log.error("lost the lock of %s: %s; its open handles can write no more", image.message.path, why)
+
+
+def _holds(image: _Image) -> list[messages.HeldBy]:
+    return [
+        messages.HeldBy(owned.owner, mode.value, nodes=sorted(image.nodes))
+        for owned in image.owners.values()
+        for mode, count in owned.counts.items()
+        if count
+    ]
 
 
 def _open_carrier(fd: int, mode: Mode) -> int:

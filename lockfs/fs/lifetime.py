@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 
 import trio
 
@@ -18,21 +19,25 @@ from lockfs.protocol.messages import DataPath, Order
 
 log = logging.getLogger("lockfs.fs")
 
+Obey = Callable[[Order], None]
 _ELSEWHERE_PAUSE = 1.0
 """Seconds between two looks at other mount namespaces, whose changes nobody tells."""
 _FIRST_PAUSE, _LAST_PAUSE = 0.01, 1.0
 """Seconds before lockd is told again of a mount that has gone while images are held, as it can be with umount -l."""
 
 
-async def attach(session: LockdSession, mountpoint: bytes, data: DataPath, fuse_fd: int) -> int:
+async def attach(
+    session: LockdSession, mountpoint: bytes, data: DataPath, fuse_fd: int, *, resumable: bool
+) -> int:
     """Give lockd the root of the mount, which must serve, and its connection; return its device number.
 
+    With *resumable* lockd is to start a successor if this daemon dies.
     Raises `LockUnavailable`, OSError.
     """
     # In a thread: the mount asks this very process for its root.
     root, dev = await trio.to_thread.run_sync(_root, mountpoint)
     try:
-        await session.attach(dev, data, root, fuse_fd)
+        await session.attach(dev, data, root, fuse_fd, resumable=resumable)
     finally:
         os.close(root)
     return dev
@@ -76,10 +81,11 @@ async def detach_when_unmounted(session: LockdSession, mountpoint: bytes, dev: i
             pause = min(2 * pause, _LAST_PAUSE)
     except LockUnavailable as error:
         log.info("%s is unmounted, and lockd cannot be told: %s", shown, error)
+        session.let_go()
 
 
 def obey(order: Order, nodes: NodeTable, guard: Guard) -> None:
-    """Carry out an order of lockd; asks no storage, and waits for nothing."""
+    """Carry out an order of lockd; asks no storage, and waits for nothing.  A ``ping`` is just answered."""
     for image in order.images:
         for number in image.nodes:
             nodes.fence(number)

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import trio
 
 from lockfs.fs.guard import Guard, Hold
+from lockfs.fs.handles import FileHandle, Handles
 from lockfs.fs.nodes import Node, NodeTable
 from lockfs.kernel import device
 from lockfs.kernel.backing import Backing
@@ -34,8 +35,12 @@ _FIRST_PAUSE, _LAST_PAUSE = 0.02, 1.0
 
 @dataclass(slots=True, eq=False)
 class _Closed:
-    node: Node
+    handle: FileHandle
     hold: Hold
+
+    @property
+    def node(self) -> Node:
+        return self.handle.node
 
 
 class Mappings:
@@ -44,8 +49,11 @@ class Mappings:
     `run` looks after them.  *dev* is the device of the mount, *fuse_fd* its connection.
     """
 
-    def __init__(self, nodes: NodeTable, guard: Guard, backing: Backing, fuse_fd: int, dev: int) -> None:
+    def __init__(
+        self, nodes: NodeTable, handles: Handles, guard: Guard, backing: Backing, fuse_fd: int, dev: int
+    ) -> None:
         self._nodes = nodes
+        self._handles = handles
         self._guard = guard
         self._backing = backing
         self._fuse_fd = fuse_fd
@@ -53,24 +61,39 @@ class Mappings:
         self._can_prune = True
         self._open: Counter[tuple[int, str]] = Counter()
         self._fresh: list[_Closed] = []
-        self._passed_on: list[Hold] = []
+        self._passed_on: list[_Closed] = []
         self._changed = trio.Event()
 
     def opened(self, node: Node, hold: Hold) -> None:
         """Note an open file that can be mapped for writing."""
         self._open[node.id, hold.owner.key] += 1
 
-    def closed(self, node: Node, hold: Hold) -> None:
+    def closed(self, handle: FileHandle, hold: Hold) -> None:
         """Give the *hold* of a closed file back as soon as nobody can write to it through memory."""
-        key = (node.id, hold.owner.key)
+        key = (handle.node.id, hold.owner.key)
         self._open[key] -= 1
+        closed = _Closed(handle, hold)
         if self._open[key]:
             # The owner keeps the image by another such file, at whose end all mappings are looked for.
-            self._passed_on.append(hold)
+            self._passed_on.append(closed)
         else:
             del self._open[key]
-            self._fresh.append(_Closed(node, hold))
+            self._fresh.append(closed)
         self._changed.set()
+
+    def restore(self) -> None:
+        """Take over what the daemon before had to look after."""
+        for handle in self._handles.files():
+            if handle.mappable and handle.hold is not None:
+                self.opened(handle.node, handle.hold)
+        for handle in self._handles.lingering():
+            if handle.hold is not None:
+                self._fresh.append(_Closed(handle, handle.hold))
+        self._changed.set()
+
+    async def _release(self, closed: _Closed) -> None:
+        self._handles.note_freed(closed.handle)
+        await self._guard.release(closed.hold)
 
     async def run(self) -> None:
         """Give holds back, until cancelled."""
@@ -84,14 +107,14 @@ class Mappings:
                 waiting = mapped
                 self._changed = trio.Event()
                 while self._passed_on:
-                    nursery.start_soon(self._guard.release, self._passed_on.pop())
+                    nursery.start_soon(self._release, self._passed_on.pop())
                 if self._fresh:
                     fresh, self._fresh = self._fresh, []
                     waiting = mapped + fresh
                     pause = _FIRST_PAUSE
                 mapped = await self._still_mapped(await self._not_forgotten(waiting))
                 for each in set(waiting).difference(mapped):
-                    nursery.start_soon(self._guard.release, each.hold)
+                    nursery.start_soon(self._release, each)
 
     async def _not_forgotten(self, closed: list[_Closed]) -> list[_Closed]:
         """Ask the kernel to forget the inodes; return those that it has not forgotten."""

@@ -12,6 +12,7 @@ from pyfuse3 import EntryAttributes, RequestContext
 from lockfs.fs import source
 from lockfs.fs.base import Base, replies
 from lockfs.fs.guard import Hold
+from lockfs.fs.journal.effects import Effect
 from lockfs.fs.nodes import Node
 from lockfs.fs.source import Found, apply_umask
 from lockfs.linux import files
@@ -32,7 +33,7 @@ class NameOperations(Base):
             node = parent if name == b"." or parent.parent is None else parent.parent
             with self.nodes.borrow(node) as fd:
                 status = await self.work.short(ctx, os.fstat, fd)
-            node.lookups += 1
+            self.nodes.count(node)
             return self.attributes(node, status)
         self.visible(parent, name)
         with self.nodes.borrow(parent) as directory:
@@ -60,6 +61,7 @@ class NameOperations(Base):
             name,
             ctx,
             lambda directory: os.mknod(name, apply_umask(directory, mode, ctx.umask), rdev, dir_fd=directory),
+            lambda found: st.S_IFMT(found.stat.st_mode) == (st.S_IFMT(mode) or st.S_IFREG),
         )
 
     @replies
@@ -70,16 +72,32 @@ class NameOperations(Base):
             name,
             ctx,
             lambda directory: os.mkdir(name, apply_umask(directory, mode, ctx.umask), dir_fd=directory),
+            lambda found: st.S_ISDIR(found.stat.st_mode),
         )
 
     @replies
     async def symlink(self, parent_inode: int, name: bytes, target: bytes, ctx: RequestContext) -> EntryAttributes:
         """Make a symbolic link."""
-        return await self._make(parent_inode, name, ctx, lambda directory: os.symlink(target, name, dir_fd=directory))
+        return await self._make(
+            parent_inode,
+            name,
+            ctx,
+            lambda directory: os.symlink(target, name, dir_fd=directory),
+            lambda found: st.S_ISLNK(found.stat.st_mode) and _readlink(found.fd) == target,
+        )
 
     async def _make(
-        self, parent_inode: int, name: bytes, ctx: RequestContext, make: Callable[[int], None]
+        self,
+        parent_inode: int,
+        name: bytes,
+        ctx: RequestContext,
+        make: Callable[[int], None],
+        is_it: Callable[[Found], bool],
     ) -> EntryAttributes:
+        """Make something, once: *is_it* says whether what is there is what an earlier daemon made of this request."""
+        effect = self.effects.begin()
+        if effect.done is not None:
+            return await self._made(effect.done.node, ctx)
         parent = self.nodes.get(parent_inode)
         self.creatable(parent, name)
 
@@ -88,12 +106,40 @@ class NameOperations(Base):
             return source.find(directory, name)
 
         with self.nodes.borrow(parent) as directory:
-            found = await self.work.long(ctx, make_and_find, directory)
-        return self.enter(found, parent, name)
+            found = await self._made_before(effect, directory, name, ctx, is_it)
+            if found is None:
+                with effect.intend():
+                    found = await self.work.long(ctx, make_and_find, directory)
+        entry = self.enter(found, parent, name)
+        effect.finish(node=entry.st_ino)
+        return entry
+
+    async def _made(self, number: int, ctx: RequestContext) -> EntryAttributes:
+        """Answer once more what was made, and counted, by the daemon before."""
+        node = self.nodes.get(number)
+        with self.nodes.borrow(node) as fd:
+            status = await self.work.short(ctx, os.fstat, fd)
+        return self.attributes(node, status)
+
+    async def _made_before(
+        self, effect: Effect, directory: int, name: bytes, ctx: RequestContext, is_it: Callable[[Found], bool]
+    ) -> Found | None:
+        """Return what the daemon before has made there, None if nothing is there.  Raises FileExistsError."""
+        if not await self.work.short(ctx, source.exists, directory, name):
+            return None
+        if effect.intended is not None:
+            found = await self.work.short(ctx, source.find, directory, name)
+            if is_it(found):
+                return found
+            found.close()
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
 
     @replies
     async def link(self, inode: int, new_parent_inode: int, new_name: bytes, ctx: RequestContext) -> EntryAttributes:
         """Give a file one more name; its lock, which goes by inode, is the same under both."""
+        effect = self.effects.begin()
+        if effect.done is not None:
+            return await self._made(effect.done.node, ctx)
         node, parent = self.nodes.get(inode), self.nodes.get(new_parent_inode)
         self.creatable(parent, new_name)
 
@@ -102,37 +148,62 @@ class NameOperations(Base):
             return source.find(directory, new_name)
 
         with self.nodes.borrow(node) as fd, self.nodes.borrow(parent) as directory:
-            found = await self.work.long(ctx, link_and_find, fd, directory)
-        return self.enter(found, parent, new_name)
+            made = await self._made_before(effect, directory, new_name, ctx, lambda found: found.key == node.key)
+            if made is None:
+                with effect.intend():
+                    made = await self.work.long(ctx, link_and_find, fd, directory)
+        entry = self.enter(made, parent, new_name)
+        effect.finish(node=entry.st_ino)
+        return entry
 
     # Removal and rename ----------------------------------------------------------------------------
 
     @replies
     async def unlink(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
         """Remove a name of a file, if its image may be taken for that."""
+        effect = self.effects.begin()
+        if effect.done is not None:
+            return
         parent = self.nodes.get(parent_inode)
         self.visible(parent, name)
         owner, _manager = self.owners.of(ctx)
         with self.nodes.borrow(parent) as directory:
+            if await self._removed_before(effect, directory, name, ctx):
+                return
             held = await self._take([(parent, directory, name)], 0, owner, ctx)
             try:
-                await self.work.long(ctx, lambda: os.unlink(name, dir_fd=directory))
+                with effect.intend(identity=held.identity(0)):
+                    await self.work.long(ctx, lambda: os.unlink(name, dir_fd=directory))
                 held.lost_name(0)
+                effect.finish()
             finally:
                 await held.give_back()
 
     @replies
     async def rmdir(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
         """Remove an empty directory."""
+        effect = self.effects.begin()
+        if effect.done is not None:
+            return
         parent = self.nodes.get(parent_inode)
         self.visible(parent, name)
         with self.nodes.borrow(parent) as directory:
+            if await self._removed_before(effect, directory, name, ctx):
+                return
             found = await self.work.short(ctx, source.find, directory, name)
             try:
-                await self.work.long(ctx, lambda: os.rmdir(name, dir_fd=directory))
+                with effect.intend(identity=(found.stat.st_dev, found.stat.st_ino)):
+                    await self.work.long(ctx, lambda: os.rmdir(name, dir_fd=directory))
                 self.nodes.pin(found)
+                effect.finish()
             finally:
                 found.close()
+
+    async def _removed_before(self, effect: Effect, directory: int, name: bytes, ctx: RequestContext) -> bool:
+        """Tell whether the daemon before has removed a name, whatever it leads to by now."""
+        if effect.intended is None:
+            return False
+        return await self.work.short(ctx, source.leads_to, directory, name) != effect.intended.identity
 
     @replies
     async def rename(
@@ -145,20 +216,40 @@ class NameOperations(Base):
         ctx: RequestContext,
     ) -> None:
         """Rename, if the images that would lose a name may be taken for that."""
+        effect = self.effects.begin()
+        if effect.done is not None:
+            return
         old_parent, new_parent = self.nodes.get(parent_inode_old), self.nodes.get(parent_inode_new)
         self.visible(old_parent, name_old)
         self.creatable(new_parent, name_new)
         owner, _manager = self.owners.of(ctx)
         with self.nodes.borrow(old_parent) as old, self.nodes.borrow(new_parent) as new:
+            if await self._renamed_before(effect, old, name_old, new, name_new, ctx):
+                found = await self.work.short(ctx, source.find, new, name_new)
+                self.nodes.moved(found.key, new_parent, name_new)
+                found.close()
+                return
             places = [(old_parent, old, name_old), (new_parent, new, name_new)]
             if flags & files.RENAME_NOREPLACE:
                 places.pop()
             held = await self._take(places, 2 if flags & files.RENAME_EXCHANGE else 1, owner, ctx)
             try:
-                await self.work.long(ctx, files.rename, old, name_old, new, name_new, flags)
+                with effect.intend(identity=held.identity(0), other=held.identity(1)):
+                    await self.work.long(ctx, files.rename, old, name_old, new, name_new, flags)
                 held.renamed(old_parent, name_old, new_parent, name_new, flags)
+                effect.finish()
             finally:
                 await held.give_back()
+
+    async def _renamed_before(
+        self, effect: Effect, old: int, name_old: bytes, new: int, name_new: bytes, ctx: RequestContext
+    ) -> bool:
+        """Tell whether the daemon before has done a rename, or an exchange of two names."""
+        if effect.intended is None:
+            return False
+        before = await self.work.short(ctx, source.leads_to, old, name_old)
+        after = await self.work.short(ctx, source.leads_to, new, name_new)
+        return after == effect.intended.identity != before
 
     async def _take(
         self, places: Sequence[tuple[Node, int, bytes]], moving: int, owner: Owner, ctx: RequestContext
@@ -215,6 +306,11 @@ class _Taken:
     def unchanged(self) -> bool:
         """Tell whether every name still leads to what was found there."""
         return all(found is None or source.same(directory, name, found) for directory, name, found in self._found)
+
+    def identity(self, which: int) -> tuple[int, int]:
+        """Return device and inode number of what a name leads to, (0, 0) for nothing."""
+        found = self._found[which][2] if which < len(self._found) else None
+        return (0, 0) if found is None else (found.stat.st_dev, found.stat.st_ino)
 
     def lost_name(self, which: int) -> None:
         """Keep what lost a name reachable, without one if need be, while the kernel knows it."""

@@ -20,6 +20,10 @@ from contextlib import contextmanager
 
 import trio
 
+from lockfs.fs import source
+from lockfs.fs.journal import records
+from lockfs.fs.journal.file import Journal
+from lockfs.fs.journal.state import State
 from lockfs.fs.source import Found, Key
 from lockfs.linux import handle
 
@@ -32,16 +36,17 @@ class Node:
 
     __slots__ = ("borrowers", "dev", "fd", "fenced", "id", "ino", "key", "lookups", "name", "parent", "pinned")
 
-    def __init__(self, number: int, found: Found, parent: Node | None, name: bytes) -> None:
+    def __init__(
+        self, number: int, key: Key, identity: tuple[int, int], fd: int, parent: Node | None, name: bytes
+    ) -> None:
         self.id = number
-        self.key = found.key
-        self.dev = found.stat.st_dev
-        self.ino = found.stat.st_ino
-        self.fd = found.fd
+        self.key = key
+        self.dev, self.ino = identity
+        self.fd = fd
         self.lookups = 0
         self.borrowers = 0
         self.fenced = False
-        self.pinned = not isinstance(found.key, bytes)
+        self.pinned = not isinstance(key, bytes)
         self.parent = parent
         self.name = name
 
@@ -65,15 +70,18 @@ class NodeTable:
     """All nodes of a mount.
 
     *root* is an O_RDONLY descriptor of the source, which the table does not close.  *close* closes, soon, a
-    descriptor that may be the last of a removed file.
+    descriptor that may be the last of a removed file.  What changes goes to the *journal*.
     """
 
-    def __init__(self, root: int, root_found: Found, *, open_limit: int, close: Callable[[int], None]) -> None:
+    def __init__(
+        self, root: int, root_found: Found, *, open_limit: int, close: Callable[[int], None], journal: Journal
+    ) -> None:
         self._mount_fd = root
         self._close_soon = close
         self._open_limit = open_limit
-        self._last = ROOT
-        self.root = Node(ROOT, root_found, None, b"")
+        self._journal = journal
+        self.last = ROOT
+        self.root = _node(ROOT, root_found, None, b"")
         self.root.lookups = 1
         self.root.pinned = True
         self._by_id: dict[int, Node] = {ROOT: self.root}
@@ -93,6 +101,10 @@ class NodeTable:
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
         return node
 
+    def find(self, number: int) -> Node | None:
+        """Return the node with that id, also if it is fenced; None if there is none."""
+        return self._by_id.get(number)
+
     def fence(self, number: int) -> None:
         """Cut a node off from its inode; the root cannot be."""
         node = self._by_id.get(number)
@@ -100,6 +112,7 @@ class NodeTable:
             return
         node.fenced = True
         del self._by_key[node.key]
+        self._journal.note(records.Fenced(number))
 
     def is_fenced(self, number: int) -> bool:
         """Say whether the node with that id is fenced."""
@@ -114,10 +127,11 @@ class NodeTable:
         """Return the node for what was found, and count one lookup for it; takes *found*'s descriptor."""
         node = self._by_key.get(found.key)
         if node is None:
-            self._last += 1
-            node = Node(self._last, found, parent, name)
+            self.last += 1
+            node = _node(self.last, found, parent, name)
             found.fd = -1
             self._by_id[node.id] = self._by_key[node.key] = node
+            self._journal.note(_record(node))
             if not node.pinned:
                 self._note_open(node)
         else:
@@ -126,14 +140,21 @@ class NodeTable:
                 self._note_open(node)
             found.close()
             self.moved(found.key, parent, name)
-        node.lookups += 1
+        self.count(node)
         return node
+
+    def count(self, node: Node) -> None:
+        """Count one more lookup."""
+        node.lookups += 1
+        self._journal.looked(node.id, 1)
 
     def moved(self, key: Key, parent: Node, name: bytes) -> None:
         """Note that an inode was renamed."""
         node = self._by_key.get(key)
-        if node is not None and node is not self.root:
-            node.parent, node.name = parent, name
+        if node is None or node is self.root or (node.parent is parent and node.name == name):
+            return
+        node.parent, node.name = parent, name
+        self._journal.note(records.Moved(node.id, parent.id, name))
 
     def pin(self, found: Found) -> None:
         """Keep an inode that may have lost its last name reachable for as long as the kernel knows it; takes the
@@ -144,6 +165,7 @@ class NodeTable:
             found.close()
             return
         node.pinned = True
+        self._journal.note(records.Pinned(node.id))
         self._open.pop(node.id, None)
         if node.fd < 0:
             node.fd, found.fd = found.fd, -1
@@ -156,7 +178,9 @@ class NodeTable:
             return
         node.lookups -= lookups
         if node.lookups > 0:
+            self._journal.looked(number, -lookups)
             return
+        self._journal.forgotten(number)
         del self._by_id[node.id]
         if not node.fenced:
             del self._by_key[node.key]
@@ -177,13 +201,24 @@ class NodeTable:
     def fd(self, node: Node) -> int:
         """Return an O_PATH descriptor of the node, good until the table is used again.  Raises OSError (ESTALE)."""
         if node.fd < 0:
-            if not isinstance(node.key, bytes):
-                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
-            node.fd = handle.open_handle(self._mount_fd, node.key)
-            self._note_open(node)
+            node.fd = self._reopen(node)
+            if not node.pinned:
+                self._note_open(node)
         elif not node.pinned:
             self._open.move_to_end(node.id)
         return node.fd
+
+    def _reopen(self, node: Node) -> int:
+        if isinstance(node.key, bytes):
+            return handle.open_handle(self._mount_fd, node.key)
+        # Only after the death of the daemon that had it open: without a handle its name is all that is left.
+        parent = node.parent
+        if parent is not None:
+            found = source.find(self.fd(parent), node.name)
+            if (found.stat.st_dev, found.stat.st_ino) == node.identity:
+                return found.fd
+            found.close()
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
 
     @contextmanager
     def borrow(self, node: Node) -> Iterator[int]:
@@ -209,6 +244,42 @@ class NodeTable:
                 self._close(other)
                 return
 
+    # A successor -----------------------------------------------------------------------------------
+
+    def records(self) -> Iterator[records.Record]:
+        """Yield what there is."""
+        for node in self._by_id.values():
+            if node is not self.root:
+                yield _record(node)
+                if node.fenced:
+                    yield records.Fenced(node.id)
+
+    def restore(self, state: State) -> None:
+        """Take over the nodes of the daemon before."""
+        self.last = max(ROOT, state.last_node)
+        for number, known in state.nodes.items():
+            found = known.found
+            key = found.handle if found.handle is not None else (found.dev, found.ino)
+            node = Node(number, key, (found.dev, found.ino), -1, None, known.name)
+            node.lookups, node.fenced = max(1, known.lookups), known.fenced
+            node.pinned = node.pinned or known.pinned
+            self._by_id[number] = node
+            if not node.fenced:
+                self._by_key[key] = node
+        for number, known in state.nodes.items():
+            # A parent that the kernel has forgotten: only the path for people suffers.
+            self._by_id[number].parent = self._by_id.get(known.parent, self.root)
+        for number, known in state.nodes.items():
+            if known.pinned:
+                self._try_to_open(self._by_id[number])
+
+    def _try_to_open(self, node: Node) -> None:
+        """Keep what may have no name any more from vanishing, if it has not vanished yet."""
+        try:
+            self.fd(node)
+        except OSError:
+            pass
+
     def close(self) -> None:
         """Close every descriptor."""
         for node in self._by_id.values():
@@ -225,3 +296,13 @@ class NodeTable:
         else:
             os.close(node.fd)
         node.fd = -1
+
+
+def _node(number: int, found: Found, parent: Node | None, name: bytes) -> Node:
+    return Node(number, found.key, (found.stat.st_dev, found.stat.st_ino), found.fd, parent, name)
+
+
+def _record(node: Node) -> records.Found:
+    key = node.key if isinstance(node.key, bytes) else None
+    parent = ROOT if node.parent is None else node.parent.id
+    return records.Found(node.id, node.dev, node.ino, parent, node.name, key, node.lookups, node.pinned)

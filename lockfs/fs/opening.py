@@ -52,20 +52,23 @@ class OpenOperations(WriteRights):
     @replies
     async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
         """Open a file."""
-        return await self._open(self.nodes.get(inode), flags, ctx)
+        effect = self.effects.begin()
+        if effect.resent and (opened := self.handles.opened_by(effect.unique)) is not None:
+            return self._info(*opened)
+        return await self._open(self.nodes.get(inode), flags, ctx, effect.unique)
 
-    async def _open(self, node: Node, flags: int, ctx: RequestContext) -> FileInfo:
+    async def _open(self, node: Node, flags: int, ctx: RequestContext, unique: int) -> FileInfo:
         clears_suid = self.clears_suid()
         right = await self._right_to_open(node, flags, ctx)
         async with AsyncExitStack() as undo:
             undo.push_async_callback(self._give_up, right)
-            fd = await self._open_backing(node, flags, ctx)
+            fd, passed_on = await self._open_backing(node, flags, ctx)
             undo.callback(os.close, fd)
             if clears_suid:
                 await self.work.long(DAEMON, files.chown, fd, -1, -1)
             if flags & os.O_TRUNC and flags & os.O_ACCMODE == os.O_RDONLY:
                 await self._only_read_on(right, node, ctx)
-            info = await self._new_handle(node, fd, flags, right, ctx)
+            info = await self._new_handle(node, fd, passed_on, right, ctx, unique)
             undo.pop_all()
         return info
 
@@ -89,7 +92,8 @@ class OpenOperations(WriteRights):
         if right.hold is not None:
             await self.guard.release(right.hold)
 
-    async def _open_backing(self, node: Node, flags: int, ctx: Caller) -> int:
+    async def _open_backing(self, node: Node, flags: int, ctx: Caller) -> tuple[int, int]:
+        """Return a descriptor of the file, and the flags with which it was opened."""
         with self.nodes.borrow(node) as fd:
             path = proc_path(fd)
             passed_on = flags & _PASSED_ON | os.O_CLOEXEC
@@ -97,26 +101,33 @@ class OpenOperations(WriteRights):
                 if not self.work.remote and not flags & os.O_TRUNC:
                     try:
                         # O_NONBLOCK: only another's lease on the file could make this wait.
-                        return os.open(path, passed_on | os.O_NONBLOCK)
+                        return os.open(path, passed_on | os.O_NONBLOCK), passed_on
                     except BlockingIOError:
                         pass
-                return await self.work.long(ctx, os.open, path, passed_on)
+                return await self.work.long(ctx, os.open, path, passed_on), passed_on
             except PermissionError as error:
                 if error.errno != errno.EPERM or not flags & os.O_APPEND:
                     raise
                 # A file that can only be appended to: a descriptor of it that appends does what is asked for.
-                return await self.work.long(ctx, os.open, path, passed_on | os.O_APPEND)
+                passed_on |= os.O_APPEND
+                return await self.work.long(ctx, os.open, path, passed_on), passed_on
 
-    async def _new_handle(self, node: Node, fd: int, flags: int, right: _Right, ctx: Caller) -> FileInfo:
+    async def _new_handle(
+        self, node: Node, fd: int, flags: int, right: _Right, ctx: Caller, unique: int
+    ) -> FileInfo:
         """Give the kernel its handle; on failure nothing is left but *fd* and *right*, which may have got a hold."""
         backing_id = await self._bypass(node, fd, right, ctx)
         handle = FileHandle(
             node, fd, flags & os.O_ACCMODE != os.O_RDONLY, right.hold, right.manager,
             counted=self.backing is not None, mappable=bool(backing_id) and flags & os.O_ACCMODE == os.O_RDWR,
+            flags=flags & ~os.O_TRUNC, uid=ctx.uid, gid=ctx.gid, unique=unique,
         )  # fmt: skip
         if handle.mappable and handle.hold is not None and self.mappings is not None:
             self.mappings.opened(node, handle.hold)
-        number = self.handles.add_file(handle)
+        return self._info(self.handles.add_file(handle), handle)
+
+    def _info(self, number: int, handle: FileHandle) -> FileInfo:
+        backing_id = 0 if self.backing is None else self.backing.id_of(handle.node.id)
         # What is cached of a file may be older than what another host has written since it was last open here.  A
         # manager's handle bypasses the cache, so that each write arrives, and is refused, by itself; nor can it be
         # mapped for writing.
@@ -151,15 +162,24 @@ class OpenOperations(WriteRights):
         self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: RequestContext
     ) -> tuple[FileInfo, EntryAttributes]:
         """Make a file and open it, or open what somebody else has just made there."""
+        effect = self.effects.begin()
+        if effect.resent and (opened := self.handles.opened_by(effect.unique)) is not None:
+            return await self._created_before(*opened, ctx)
         parent = self.nodes.get(parent_inode)
         self.creatable(parent, name)
         with self.nodes.borrow(parent) as directory:
             try:
-                fd, found = await self.work.long(ctx, _create, directory, name, mode, ctx.umask, flags & _PASSED_ON)
+                if await self.work.short(ctx, source.exists, directory, name):
+                    raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+                with effect.intend():
+                    fd, found = await self.work.long(
+                        ctx, _create, directory, name, mode, ctx.umask, flags & _PASSED_ON
+                    )
             except FileExistsError:
-                if flags & os.O_EXCL:
+                if flags & os.O_EXCL and effect.intended is None:
                     raise
-                return await self._open_existing(parent, directory, name, flags, ctx)
+                exclusive = bool(flags & os.O_EXCL)
+                return await self._open_existing(parent, directory, name, flags, ctx, effect.unique, exclusive)
         entry = self.enter(found, parent, name)
         node = self.nodes.get(entry.st_ino)
         async with AsyncExitStack() as undo:
@@ -167,21 +187,40 @@ class OpenOperations(WriteRights):
             undo.callback(os.close, fd)
             right = await self._right_to_open(node, flags & ~os.O_TRUNC, ctx)
             undo.push_async_callback(self._give_up, right)
-            info = await self._new_handle(node, fd, flags, right, ctx)
+            info = await self._new_handle(node, fd, flags & _PASSED_ON, right, ctx, effect.unique)
             undo.pop_all()
+        effect.finish()
         return info, entry
 
-    async def _open_existing(
-        self, parent: Node, directory: int, name: bytes, flags: int, ctx: RequestContext
+    async def _created_before(
+        self, number: int, handle: FileHandle, ctx: RequestContext
     ) -> tuple[FileInfo, EntryAttributes]:
+        with self.nodes.borrow(handle.node) as fd:
+            status = await self.work.short(ctx, os.fstat, fd)
+        return self._info(number, handle), self.attributes(handle.node, status)
+
+    async def _open_existing(
+        self,
+        parent: Node,
+        directory: int,
+        name: bytes,
+        flags: int,
+        ctx: RequestContext,
+        unique: int,
+        exclusive: bool,
+    ) -> tuple[FileInfo, EntryAttributes]:
+        """Open what is there; with *exclusive* it has to be what the daemon before has made of the same request."""
         found = await self.work.short(ctx, source.find, directory, name)
+        if exclusive and not (st.S_ISREG(found.stat.st_mode) and (found.stat.st_size, found.stat.st_nlink) == (0, 1)):
+            found.close()
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
         if not st.S_ISREG(found.stat.st_mode):
             found.close()
             # Makes the kernel look the name up again and go on from what it is now.
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
         node = self.nodes.adopt(found, parent, name)
         try:
-            info = await self._open(node, flags, ctx)
+            info = await self._open(node, flags, ctx, unique)
             with self.nodes.borrow(node) as fd:
                 status = await self.work.short(ctx, os.fstat, fd)
         except BaseException:

@@ -16,7 +16,12 @@ from lockfs.fs.space import SpaceOperations
 class Operations(
     NameOperations, AttributeOperations, OpenOperations, FileOperations, SpaceOperations, DirectoryOperations
 ):
-    """The overlay.  `started` is set when the kernel's first request is being answered."""
+    """The overlay.  `started` is set when the kernel's first request is being answered.
+
+    `attached` says that lockd starts a successor if this daemon dies.
+    """
+
+    attached = False
 
     supports_dot_lookup = True
     enable_acl = True
@@ -39,7 +44,8 @@ class Operations(
         for handle in self.handles.take_all():
             if self.backing is None:
                 await self.close_handle(handle)
-            else:
+            elif handle.fd >= 0:
                 self.work.close(handle.fd)
+        self.effects.journal.remove()
         self.nodes.close()
         self.work.finish()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import secrets
 from collections.abc import Mapping, Sequence
 from typing import cast
 
@@ -21,6 +22,8 @@ class Owners:
         self._rule = cast(str, values["owner"])
         self._managers = frozenset(cast(Sequence[str], values["managers"]))
         self._count = itertools.count(1)
+        # What a daemon before this one has counted is held still.
+        self._tag = secrets.token_hex(4)
 
     def of(self, caller: Caller) -> tuple[Owner, bool]:
         """Return the owner that an open by *caller* belongs to, and whether the caller is a manager.
@@ -29,10 +32,10 @@ class Owners:
         """
         found = process.of_thread(caller.pid)
         if found is None:
-            return Owner(key=f"open:{next(self._count)}", pid=0, command="", uid=caller.uid), False
+            return Owner(key=f"open:{self._tag}:{next(self._count)}", pid=0, command="", uid=caller.uid), False
         pid = found.pid
         if self._rule == "open":
-            key = f"open:{pid}:{next(self._count)}"
+            key = f"open:{self._tag}:{pid}:{next(self._count)}"
         elif self._rule == "cgroup" and (group := process.cgroup(pid)) not in ("", "/"):
             # Everything is in the root group of a host without groups: there, a process is an owner.
             key = f"cgroup:{group}"

@@ -1,106 +1,385 @@
-"""The mount daemon's side of its talk with lockd.
+"""The mount daemon's side of its talk with lockd, which may be killed at any time and is started again.
 
-When lockd is gone, nothing new is granted: the guard gets `LockUnavailable`, and callers ENOLCK.  What was granted
-stays where locks live in descriptors that this daemon holds too.
+Invariants:
+* What was granted stays granted over the death of lockd: the descriptors in which locks live are open in this daemon
+  too, and the next lockd takes them up from here (`_come_back`).
+* A call that lockd's death has cut short is made again, and counts once.  `_epoch` says how often all that is held was
+  listed for a new lockd: what was granted before, and came to be known here after, is not granted any more; what was
+  given back before is not listed, and needs no call.
+* Who asks for a lock waits while there is no lockd, for at most `PATIENCE`; then nothing is granted.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
 
+import msgspec
 import trio
 
 from lockfs.backend import Mode
 from lockfs.errors import LockfsError, LockUnavailable
+from lockfs.linux.closer import Closer
 from lockfs.protocol import messages
 from lockfs.protocol.client import LockdClient
-from lockfs.protocol.messages import Owner
+from lockfs.protocol.errors import LockdGone, NotHeld
+from lockfs.protocol.messages import HeldImage, Owner
+from lockfs.protocol.wire import MAX_FDS
+from lockfs.steps import step
 
+PATIENCE = 20.0
+"""Seconds that a call waits for a lockd that is gone; one is started anew in well under one, on a host in trouble in
+some.
+"""
+FIRST_PAUSE, LAST_PAUSE = 0.05, 5.0
+"""Seconds before the next try to start one."""
+CLAIMS = 1000
+"""Holds that are claimed in one message."""
+AT_ONCE = 200
+"""Images of one message of a hand-over: far below its limit of bytes, with names of usual lengths."""
+
+T = TypeVar("T", bound=msgspec.Struct)
 log = logging.getLogger("lockfs.lockd-client")
 
 
-class LockdSession:
-    """One registered mount."""
+@dataclass(frozen=True, slots=True)
+class Held:
+    """One image that the guard holds, with the descriptors that its lock lives in, which stay the guard's."""
 
-    def __init__(self, client: LockdClient, mount_id: str, wait: float) -> None:
-        self._client = client
-        self._mount_id = mount_id
+
+    image: messages.Image
+    holds: list[messages.HeldBy]
+    lock_fd: int
+    keep_fds: Sequence[int]
+    lost: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Attachment:
+    dev: int
+    data: messages.DataPath
+    root_fd: int
+    fuse_fd: int
+    resumable: bool
+
+
+class LockdSession:
+    """One registered mount.  *mount* and *source_fd* are what it registers by; the descriptor stays the caller's."""
+
+    def __init__(self, run_dir: str, mount: messages.Mount, source_fd: int, wait: float) -> None:
+        self._run_dir = run_dir
+        self._mount = mount
+        self._source_fd = source_fd
         self._wait = wait
+        self._client = LockdClient(run_dir)
+        self._mount_id = ""
+        self._fuse_fd = -1
+        self._attachment: _Attachment | None = None
+        self._epoch = 0
+        self._up, self._down = trio.Event(), trio.Event()
+        self._ended = False
+        self._closer = Closer(mount.mountpoint)
 
     @classmethod
     async def begin(cls, run_dir: str, mount: messages.Mount, source_fd: int, wait: float) -> LockdSession:
         """Register a mount.  Raises `MountError` if lockd or the backend refuses it, `LockUnavailable` without
         lockd.
         """
-        client = await LockdClient.connect(run_dir, start=True)
+        session = cls(run_dir, mount, source_fd, wait)
+        until = trio.current_time() + PATIENCE
+        while True:
+            try:
+                await session._register()
+            except LockdGone:
+                if trio.current_time() > until:
+                    raise
+                await trio.sleep(FIRST_PAUSE)
+            else:
+                session._up.set()
+                return session
+
+    async def _register(self) -> None:
+        client = await LockdClient.connect(self._run_dir, start=True)
         try:
-            registered = await client.register(messages.Register(mount), source_fd)
+            call = messages.Register(self._mount, mount_id=self._mount_id)
+            registered = await client.register(call, self._source_fd)
         except BaseException:
             with trio.CancelScope(shield=True):
                 await client.aclose()
             raise
-        return cls(client, registered.mount_id, wait)
+        self._client, self._mount_id = client, registered.mount_id
 
-    async def acquire(self, image: messages.Image, mode: Mode, owner: Owner, fd: int, node: int) -> list[int]:
-        """Take a lock; return descriptors to keep open with it.  Raises `Busy`, `LockUnavailable`."""
-        call = messages.Acquire(self._mount_id, image, mode.value, owner, self._wait, node=node)
-        _acquired, keep = await self._client.call(call, messages.Acquired, [fd])
+    @classmethod
+    async def resume(
+        cls, run_dir: str, mount_id: str, token: str, wait: float, source_fd: int, fuse_fd: int
+    ) -> LockdSession:
+        """Register as the successor of a mount daemon that died.  Raises `LockUnavailable`."""
+        client = await LockdClient.connect(run_dir)
+        try:
+            mount = await client.resume(messages.Resume(mount_id, token))
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await client.aclose()
+            raise
+        session = cls(run_dir, mount, source_fd, wait)
+        session._client, session._mount_id, session._fuse_fd = client, mount_id, fuse_fd
+        session._up.set()
+        return session
+
+    @property
+    def mount_id(self) -> str:
+        """What lockd knows the mount by."""
+        return self._mount_id
+
+    async def claim(self, claims: list[messages.Claimed]) -> list[messages.Claimed]:
+        """Say what the daemon before has held, and all of it; return what is not safe to write under.
+
+        Raises `LockUnavailable`.
+        """
+        unsafe: list[messages.Claimed] = []
+        for at in range(0, max(1, len(claims)), CLAIMS):
+            last = at + CLAIMS >= len(claims)
+            call = messages.Claim(self._mount_id, claims[at : at + CLAIMS], last)
+            answer, _ = await self._client.call(call, messages.Claims)
+            unsafe += answer.unsafe
+        return unsafe
+
+    async def take_over(self) -> list[int]:
+        """Say that this daemon answers from now on, and heeds orders; return the nodes that are fenced.
+
+        Raises `LockUnavailable`.
+        """
+        answer, (root_fd,) = await self._client.call(messages.TakeOver(self._mount_id), messages.TakenOver)
+        self._attachment = _Attachment(answer.dev, answer.data, root_fd, self._fuse_fd, resumable=True)
+        return answer.fenced
+
+    async def reclaim(self, image: messages.Image) -> list[int]:
+        """Return the descriptors that are to be kept with the lock of an image.  Raises `LockfsError`."""
+        call = messages.Reclaim(self._mount_id, image.dev, image.ino)
+        _, keep = await self._client.call(call, messages.Reclaimed)
         return keep
 
+    # Calls -----------------------------------------------------------------------------------------
+
+    async def acquire(
+        self, image: messages.Image, mode: Mode, owner: Owner, fd: int, node: int
+    ) -> tuple[messages.Acquired, list[int]]:
+        """Take a lock; return the answer, and descriptors to keep open with it.  Raises `Busy`, `LockUnavailable`.
+
+        The caller must take note of it before it waits for anything.
+        """
+        call = messages.Acquire(self._mount_id, image, mode.value, owner, self._wait, node=node)
+        while True:
+            down = await self._wait_until_up()
+            epoch = self._epoch
+            try:
+                acquired, keep = await self._client.call(call, messages.Acquired, [fd])
+            except LockdGone:
+                await _come(down)
+                continue
+            if self._epoch == epoch:
+                return acquired, keep
+            for each in keep:
+                os.close(each)
+
     async def release(self, image: messages.Image, mode: Mode, owner: Owner) -> None:
-        """Give it back.  Without lockd there is nothing to give back to, but the descriptors, which the guard
-        closes.
+        """Give it back; the caller counts it no more, and has not waited since.  Never fails.
+
+        Waits for lockd as long as that takes: until then the descriptors must stay.
         """
         call = messages.Release(self._mount_id, image.dev, image.ino, mode.value, owner.key)
-        try:
-            await self._client.call(call, messages.Released)
-        except LockUnavailable as error:
-            log.info("could not release %s: %s", image.path, error)
-        except LockfsError as error:
-            log.error("could not release %s: %s", image.path, error)
+        epoch, repeated = self._epoch, False
+        while True:
+            await self._up.wait()
+            if self._epoch != epoch:
+                return  # it is in no list that the next lockd was given
+            down = self._down
+            try:
+                await self._client.call(call, messages.Released)
+            except LockdGone:
+                repeated = True
+                await _come(down)
+                continue
+            except NotHeld as error:
+                if not repeated:
+                    log.error("could not release %s: %s", image.path, error)
+            except LockfsError as error:
+                log.error("could not release %s: %s", image.path, error)
+            return
 
     async def inspect(self, image: messages.Image, fd: int) -> list[messages.HolderInfo]:
         """List who holds an image.  Raises `LockUnavailable`."""
-        inspected, fds = await self._client.call(messages.Inspect(self._mount_id, image), messages.Inspected, [fd])
-        for each in fds:
-            os.close(each)
+        inspected = await self._call(messages.Inspect(self._mount_id, image), messages.Inspected, [fd])
         return inspected.holders
 
-    async def attach(self, dev: int, data: messages.DataPath, root_fd: int, fuse_fd: int) -> None:
-        """Give lockd what it needs to fence images of this mount by itself.  Raises `LockUnavailable`."""
-        call = messages.Attach(self._mount_id, dev, data)
-        await self._client.call(call, messages.Attached, [root_fd, fuse_fd])
+    async def attach(
+        self, dev: int, data: messages.DataPath, root_fd: int, fuse_fd: int, *, resumable: bool
+    ) -> None:
+        """Give lockd what it needs to fence images of this mount by itself, and to start a successor of this daemon.
+
+        Raises `LockUnavailable`.  Both descriptors stay the caller's; a duplicate of the first is kept until the mount is
+        detached.
+        """
+        self._attachment = _Attachment(dev, data, os.dup(root_fd), fuse_fd, resumable)
+        down = await self._wait_until_up()
+        try:
+            call = messages.Attach(self._mount_id, dev, data, resumable=resumable)
+            await self._client.call(call, messages.Attached, [root_fd, fuse_fd])
+        except LockdGone:
+            await _come(down)
+            await self._wait_until_up()  # the next lockd has been given it
 
     async def detach(self) -> bool:
         """Tell lockd that the mount is mounted nowhere any more.  Return False while images are held.
 
         Raises `LockUnavailable`.
         """
-        detached, _ = await self._client.call(messages.Detach(self._mount_id), messages.Detached)
+        detached = await self._call(messages.Detach(self._mount_id), messages.Detached)
+        if detached.done:
+            self.let_go()
         return detached.done
 
-    async def follow(self, mountpoint: str, obey: Callable[[messages.Order], None]) -> None:
-        """Have *obey* carry out lockd's orders until lockd is gone; log that."""
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._obey, obey)
-            await self._client.lost()
-            nursery.cancel_scope.cancel()
-        log.error(
-            "lockd is gone: images of %s cannot be opened for writing until it is mounted again; open ones stay locked",
-            mountpoint,
-        )
+    def let_go(self) -> None:
+        """Close what keeps the mount from ending."""
+        if self._attachment is not None:
+            # By a thread: it may be the end of the mount, and that wait for this daemon.
+            self._closer.close([self._attachment.root_fd])
+            self._attachment = None
 
-    async def _obey(self, obey: Callable[[messages.Order], None]) -> None:
+    async def _call(self, call: msgspec.Struct, reply: type[T], fds: Sequence[int] = ()) -> T:
+        """Make a call that may be made twice."""
+        while True:
+            down = await self._wait_until_up()
+            try:
+                answer, kept = await self._client.call(call, reply, fds)
+            except LockdGone:
+                await _come(down)
+                continue
+            for each in kept:
+                os.close(each)
+            return answer
+
+    async def _wait_until_up(self) -> trio.Event:
+        """Wait for lockd; return what is set when it is gone.  Raises `LockUnavailable`."""
+        with trio.move_on_after(PATIENCE):
+            await self._up.wait()
+            return self._down
+        raise LockUnavailable("lockd is gone, and cannot be started again")
+
+    # The life of lockd -----------------------------------------------------------------------------
+
+    async def follow(
+        self,
+        mountpoint: str,
+        obey: Callable[[messages.Order], None],
+        held: Callable[[], list[Held]],
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """Have *obey* carry out lockd's orders; when lockd is gone, start it again and hand over what is *held*.
+
+        Started when orders arrive.
+        """
+        started = False
+        while True:
+            async with trio.open_nursery() as nursery:
+                # Before it learns what is held: what it then finds lost it orders to be fenced.
+                await nursery.start(self._obey, obey)
+                if not started:
+                    task_status.started()
+                    started = True
+                if self._up.is_set() or await self._hand_over(held):
+                    self._up.set()
+                    await self._client.lost()
+                nursery.cancel_scope.cancel()
+            if self._ended:
+                return
+            begin = trio.current_time()
+            log.info("lockd is gone; it is started again for %s", mountpoint)
+            self._down.set()
+            self._up, self._down = trio.Event(), trio.Event()
+            await self._come_back(mountpoint)
+            log.info("lockd is back after %.3f s", trio.current_time() - begin)
+
+    async def _come_back(self, mountpoint: str) -> None:
+        """Register with the next lockd, and give it what it needs to fence."""
+        pause = FIRST_PAUSE
+        while True:
+            await self._client.aclose()
+            try:
+                await self._register()
+                if (there := self._attachment) is not None:
+                    step("handover.before-attach")
+                    call = messages.Attach(self._mount_id, there.dev, there.data, resumable=there.resumable)
+                    await self._client.call(call, messages.Attached, [there.root_fd, there.fuse_fd])
+                    step("handover.after-attach")
+                return
+            except (LockfsError, OSError) as error:
+                level = logging.ERROR if pause == LAST_PAUSE else logging.INFO
+                log.log(level, "%s cannot have lockd back: %s", mountpoint, error)
+            await trio.sleep(pause)
+            pause = min(2 * pause, LAST_PAUSE)
+
+    async def _hand_over(self, held: Callable[[], list[Held]]) -> bool:
+        """Give a lockd that was started anew all that this mount holds.  Return False if it is gone again.
+
+        Descriptors stay open meanwhile: whoever would give back what they belong to waits for `_up`.
+        """
+        self._epoch += 1
+        parts = _parts(held())
         try:
-            async with self._client.orders(self._mount_id) as orders:
+            for number, (images, fds) in enumerate(parts, 1):
+                step("handover.before-holds")
+                call = messages.HandOver(self._mount_id, images, number == len(parts))
+                await self._client.call(call, messages.HandedOver, fds)
+                step("handover.after-holds")
+        except LockfsError as error:
+            log.info("lockd did not take over what is held: %s", error)
+            return False
+        return True
+
+    async def _obey(
+        self,
+        obey: Callable[[messages.Order], None],
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        client = self._client
+        try:
+            async with client.orders(self._mount_id) as orders:
+                task_status.started()
                 async for order in orders:
                     obey(order)
-                    await self._client.call(messages.Obeyed(self._mount_id, order.serial), messages.Noted)
+                    await client.call(messages.Obeyed(self._mount_id, order.serial), messages.Noted)
         except LockUnavailable:
-            pass  # the life line tells
+            task_status.started()  # the life line tells
 
     async def end(self) -> None:
         """Leave; lockd then frees what is left of the mount."""
+        self._ended = True
+        self.let_go()
         await self._client.aclose()
+
+
+async def _come(down: trio.Event) -> None:
+    """A call was cut short: wait until that is known here, too, so that the next one goes to the next lockd."""
+    with trio.move_on_after(LAST_PAUSE):
+        await down.wait()
+
+
+def _parts(held: Sequence[Held]) -> list[tuple[list[HeldImage], list[int]]]:
+    """Return messages of a hand-over, each with its descriptors; at least one."""
+    parts: list[tuple[list[HeldImage], list[int]]] = [([], [])]
+    for each in held:
+        more = [*([each.lock_fd] if each.lock_fd >= 0 else []), *each.keep_fds]
+        images, fds = parts[-1]
+        if len(images) >= AT_ONCE or len(fds) + len(more) > MAX_FDS:
+            images, fds = [], []
+            parts.append((images, fds))
+        at = len(fds)
+        keep_at = at + (each.lock_fd >= 0)
+        keep = list(range(keep_at, keep_at + len(each.keep_fds)))
+        images.append(HeldImage(each.image, each.holds, at if each.lock_fd >= 0 else -1, keep, each.lost))
+        fds += more
+    return parts

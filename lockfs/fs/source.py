@@ -69,3 +69,17 @@ def same(directory: int, name: bytes, found: Found) -> bool:
     except FileNotFoundError:
         return False
     return (stat.st_dev, stat.st_ino) == (found.stat.st_dev, found.stat.st_ino)
+
+
+def exists(directory: int, name: bytes) -> bool:
+    """Tell whether there is such a name."""
+    return leads_to(directory, name) != (0, 0)
+
+
+def leads_to(directory: int, name: bytes) -> tuple[int, int]:
+    """Return device and inode number of what *name* leads to, (0, 0) if there is no such name."""
+    try:
+        stat = os.stat(name, dir_fd=directory, follow_symlinks=False)
+    except FileNotFoundError:
+        return 0, 0
+    return stat.st_dev, stat.st_ino

@@ -36,12 +36,17 @@ class SpaceOperations(WriteRights):
         self, fh_in: int, off_in: int, fh_out: int, off_out: int, length: int, _flags: int
     ) -> int:
         """Copy inside the storage; what it cannot do the kernel does with reads and writes."""
+        effect = self.effects.begin()
+        if effect.done is not None:
+            return effect.done.value
         source, target = self.handles.file(fh_in), self.handles.file(fh_out)
         await self.claim(target)
         length = min(length, COPIED_AT_ONCE)
         try:
-            return await self.work.data(os.copy_file_range, source.fd, target.fd, length, off_in, off_out)
+            copied = await self.work.data(os.copy_file_range, source.fd, target.fd, length, off_in, off_out)
         except OSError as error:
             if error.errno == errno.EXDEV:
                 raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP)) from None
             raise
+        effect.finish(value=copied)
+        return copied

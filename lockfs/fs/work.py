@@ -54,6 +54,7 @@ class Work:
     """Runs calls to one source.  `remote` says that other machines answer for it."""
 
     def __init__(self, fstype: str) -> None:
+        self.fstype = fstype
         self.remote = fstype not in LOCAL_FILESYSTEMS
         self._metadata = trio.CapacityLimiter(METADATA_THREADS)
         self._data = trio.CapacityLimiter(DATA_THREADS)

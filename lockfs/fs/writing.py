@@ -63,6 +63,7 @@ class WriteRights(Base):
             if handle.manager is not None:
                 handle.hold = await self.hold_to_write(handle.node, handle.manager, DAEMON)
                 handle.manager = None
+                self.handles.took(handle)
 
     @asynccontextmanager
     async def held_to_write(self, node: Node, caller: Caller) -> AsyncIterator[None]:

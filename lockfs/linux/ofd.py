@@ -10,11 +10,15 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import struct
 from dataclasses import dataclass
 
+from lockfs.linux import procfs
+
 # struct flock: l_type, l_whence, l_start, l_len, l_pid, as the compiler aligns them; 0q pads the end.
 _FLOCK = struct.Struct("@hhqqi0q")
+_SHOWN = re.compile(rb"^lock:\t\d+: OFDLCK +\S+ +(READ|WRITE) +\S+ +\S+ (\d+) (\d+|EOF)$", re.MULTILINE)
 OFD = -1
 """`Conflict.pid` of an open-file-description lock, which has no process."""
 
@@ -61,6 +65,37 @@ def test(fd: int, *, exclusive: bool, start: int, length: int) -> Conflict | Non
     kind = fcntl.F_WRLCK if exclusive else fcntl.F_RDLCK
     found, _, _, _, pid = _call(fd, fcntl.F_OFD_GETLK, kind, start, length)
     return None if found == fcntl.F_UNLCK else Conflict(found == fcntl.F_WRLCK, pid)
+
+
+def held(fd: int, *, start: int) -> bool | None:
+    """Return whether the lock that this open file description has on the byte at *start* is exclusive; None if procfs
+    shows none, as for filesystems that leave locks to their server alone (FUSE).
+
+    Takes none, and asks no storage (proc_pid_fdinfo(5)).  Raises OSError.
+    """
+    for kind, first, last in _SHOWN.findall(procfs.contents(f"/proc/self/fdinfo/{fd}")):
+        if int(first) <= start and (last == b"EOF" or start <= int(last)):
+            return bool(kind == b"WRITE")
+    return None
+
+
+def is_held(fd: int, *, exclusive: bool, start: int, length: int) -> bool:
+    """Say whether this open file description has the lock, in this mode or the stronger one.  Takes none.
+
+    Where procfs does not show it, it is there if another description of the file meets a lock and this one does not.
+    That takes no notice of a shared lock beside which others have one.  Raises OSError.
+    """
+    shown = held(fd, start=start)
+    if shown is not None:
+        return shown or not exclusive
+    other = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        met = test(other, exclusive=True, start=start, length=length)
+    finally:
+        os.close(other)
+    if met is None or (exclusive and not met.exclusive):
+        return False
+    return test(fd, exclusive=True, start=start, length=length) is None
 
 
 def _call(fd: int, command: int, kind: int, start: int, length: int) -> tuple[int, int, int, int, int]:

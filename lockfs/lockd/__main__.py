@@ -12,7 +12,7 @@ import trio
 import lockfs
 from lockfs import log
 from lockfs.errors import EXIT_OK, LockfsError, SystemError_
-from lockfs.lockd.daemon import Daemon, raise_descriptor_limit
+from lockfs.lockd.daemon import AlreadyRuns, Daemon, raise_descriptor_limit
 from lockfs.options import seconds
 from lockfs.protocol import start
 
@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as raised:
         error = _first(raised)
         if isinstance(error, LockfsError):
-            logging.error("%s", error)
+            logging.log(logging.INFO if isinstance(error, AlreadyRuns) else logging.ERROR, "%s", error)
         else:
             logging.exception("lockd failed")
             error = SystemError_(f"lockd failed: {error!r}")

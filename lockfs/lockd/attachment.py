@@ -14,7 +14,7 @@ import trio
 from lockfs.linux.closer import Closer
 from lockfs.lockd.descriptor import Descriptor
 from lockfs.lockd.threads import Threads
-from lockfs.protocol.messages import DataPath
+from lockfs.protocol.messages import Attach, DataPath
 
 THREADS = 4
 """Calls of each kind on one mount at once: the daemon that answers has one thread, and is to have the next at hand."""
@@ -24,8 +24,9 @@ THREADS = 4
 class Attachment:
     """`dev` is the device number of the mount, `root` its root on a private clone, `fuse` the connection.
 
-    `process` is a pidfd of the mount daemon: that process is killed, and never another one of its number.  `requests`
-    are threads for calls that wait for the mount daemon, `drains` for such as wait for the storage.
+    `process` is a pidfd of the mount daemon: that process is killed, and never another one of its number.  `namespace`
+    is its mount namespace; with `resumable` it keeps a journal from which a successor can go on.  `requests` are
+    threads for calls that wait for the mount daemon, `drains` for such as wait for the storage.
     """
 
     dev: int
@@ -33,23 +34,45 @@ class Attachment:
     root: Descriptor
     fuse: Descriptor
     process: Descriptor
+    namespace: Descriptor
+    resumable: bool
     requests: Threads
     drains: Threads
-    ended: trio.CancelScope = field(default_factory=trio.CancelScope)
+    closer: Closer
+    scopes: set[trio.CancelScope] = field(default_factory=set)
 
     @classmethod
-    def of(
-        cls, dev: int, data: DataPath, root_fd: int, fuse_fd: int, pid: int, nursery: trio.Nursery
-    ) -> Attachment:
+    def of(cls, call: Attach, root_fd: int, fuse_fd: int, pid: int, nursery: trio.Nursery) -> Attachment:
         """Make one from descriptors that are its own from here on; *pid* is waiting for our answer, so it lives.
 
         Raises OSError; then the descriptors are still the caller's.
         """
         process = os.pidfd_open(pid)
+        try:
+            namespace = os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+        except BaseException:
+            os.close(process)
+            raise
         # The end of a mount may have to write back what is dirty, by a daemon that hangs: it has a closer of its own.
-        closer = Closer(f"mount {os.major(dev)}:{os.minor(dev)}")
-        root, fuse, daemon = (Descriptor(each, closer) for each in (root_fd, fuse_fd, process))
-        return cls(dev, data, root, fuse, daemon, Threads(nursery, THREADS), Threads(nursery, THREADS))
+        closer = Closer(f"mount {os.major(call.dev)}:{os.minor(call.dev)}")
+        root, fuse, daemon, view = (Descriptor(each, closer) for each in (root_fd, fuse_fd, process, namespace))
+        requests, drains = Threads(nursery, THREADS), Threads(nursery, THREADS)
+        return cls(call.dev, call.data, root, fuse, daemon, view, call.resumable, requests, drains, closer)
+
+    def succeed(self, pid: int) -> None:
+        """Take note of a successor of the mount daemon, which waits for our answer.  Raises OSError."""
+        before, self.process = self.process, Descriptor(os.pidfd_open(pid), self.closer)
+        before.close()
+
+    @contextmanager
+    def until_closed(self) -> Iterator[trio.CancelScope]:
+        """Cancel what is done within the context when this is closed."""
+        with trio.CancelScope() as scope:
+            self.scopes.add(scope)
+            try:
+                yield scope
+            finally:
+                self.scopes.discard(scope)
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
@@ -63,8 +86,9 @@ class Attachment:
 
     def close(self) -> None:
         """Close all, the connection first: if the daemon is dead this ends it, and nothing waits for an answer."""
-        self.ended.cancel()
-        for each in (self.fuse, self.root, self.process):
+        for scope in list(self.scopes):
+            scope.cancel()
+        for each in (self.fuse, self.root, self.process, self.namespace):
             each.close()
 
     def kill_daemon(self) -> None:

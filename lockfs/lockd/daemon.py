@@ -5,7 +5,7 @@ Invariants:
 * The last step of one that leaves because it is idle is taken under ``start.lock``: whoever wants a lockd
   and holds that finds one that stays, or none.
 * A lockd that is told to stop gives no lock back: the mounts that it served still hold descriptors that
-  keep them.
+  keep them, and start another one.  What nobody but itself keeps locked it fences first.
 """
 
 from __future__ import annotations
@@ -24,11 +24,17 @@ import trio
 
 from lockfs.errors import SystemError_
 from lockfs.linux.closer import Closer
+from lockfs.lockd import statefile
+from lockfs.lockd.adoption import Adoption
+from lockfs.lockd.claims import Claims
 from lockfs.lockd.connection import Connection
 from lockfs.lockd.events import Events
 from lockfs.lockd.fence import Fencer
+from lockfs.lockd.recorder import Recorder
 from lockfs.lockd.service import Service
 from lockfs.lockd.shares import Shares
+from lockfs.lockd.statefile import StateFile
+from lockfs.lockd.succession import Succession
 from lockfs.lockd.table import Table
 from lockfs.protocol import start
 
@@ -36,12 +42,18 @@ STOP_TIMEOUT = 5.0
 """Seconds that calls under way may take when lockd is told to stop; a storage that hangs must not keep it."""
 LEAVE_TIMEOUT = 0.5
 """Seconds that mounts have to go when lockd is told to stop."""
+FENCE_TIMEOUT = 5.0
+"""Seconds that the fence may take of what only this lockd keeps locked: one or two, on a host in trouble some."""
 TAKE_OVER_TIMEOUT = 5.0
 """Seconds that a lockd which has closed its socket may take to end before its successor gives up."""
 WANTED_DESCRIPTORS = 1 << 19
 OUT_OF_MEANS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 log = logging.getLogger(__name__)
+
+
+class AlreadyRuns(SystemError_):
+    """There is a lockd in this run directory; which is what whoever starts one wants."""
 
 
 class Daemon:
@@ -63,13 +75,19 @@ class Daemon:
         Raises `SystemError_` if it cannot begin.
         """
         await self._become_the_one()
+        state = statefile.read(self._run_dir)
         log.info("lockd of host %s serves in %s", self._host, self._run_dir)
         async with trio.open_nursery() as background:
             events = Events()
-            table = Table(events)
+            file = StateFile(self._run_dir, self._host, state)
+            recorder = Recorder(file)
+            claims = Claims(state, self._host)
+            table = Table(events, recorder, claims)
             fencer = Fencer(background, table, events)
-            shares = Shares(background, table, fencer, events, self._host, self._run_dir)
-            service = Service(table, shares, fencer, events, self._run_dir)
+            succession = Succession(table, claims, Adoption(table, claims, fencer, recorder, self._host), recorder)
+            shares = Shares(background, table, fencer, events, recorder, succession, self._host, self._run_dir)
+            service = Service(table, shares, fencer, succession, events, self._run_dir)
+            succession.begin(background, shares)
             async with trio.open_nursery() as nursery:
                 stop = nursery.cancel_scope.cancel
                 # Before the socket is there: who can reach lockd can also stop it in an orderly way.
@@ -77,9 +95,10 @@ class Daemon:
                 listener = self._listener = self._listen()
                 nursery.start_soon(self._accept, listener, service)
                 if self._idle_exit is not None:
-                    nursery.start_soon(self._leave_when_idle, listener, self._idle_exit, stop)
+                    nursery.start_soon(self._leave_when_idle, listener, claims, self._idle_exit, stop)
                 ready()
             background.cancel_scope.cancel()
+        file.close()
 
     # The socket -------------------------------------------------------------------------------
 
@@ -93,7 +112,7 @@ class Daemon:
             if start.is_running(self._run_dir) or trio.current_time() > until:
                 os.close(fd)
                 hint = f"See which: fuser -v {path}"
-                raise SystemError_(f"another lockd runs in {self._run_dir}", hint=hint)
+                raise AlreadyRuns(f"another lockd runs in {self._run_dir}", hint=hint)
             await trio.sleep(0.02)
 
     def _listen(self) -> trio.socket.SocketType:
@@ -140,7 +159,8 @@ class Daemon:
     async def _serve(self, sock: trio.socket.SocketType, service: Service) -> None:
         try:
             connection = Connection(sock, service, self._closer)
-            await connection.serve()
+            with service.serving(connection.client):
+                await connection.serve()
             await service.leave(connection.client)
         except Exception:
             log.exception("a connection ended in an unexpected way")
@@ -165,6 +185,10 @@ class Daemon:
             with trio.move_on_after(LEAVE_TIMEOUT):
                 while shares.mounts or shares.leaving:  # noqa: ASYNC110 - once, for half a second at most
                     await trio.sleep(0.01)
+            with trio.move_on_after(FENCE_TIMEOUT) as scope:
+                await shares.fence_orphans()
+            if scope.cancelled_caught:
+                log.error("lockd stops although images of dead mount daemons could not be fenced in time")
             if shares.mounts:
                 log.warning("lockd stops while %d mounts need it; they keep the locks they have", len(shares.mounts))
             if self._listener is not None:
@@ -175,7 +199,7 @@ class Daemon:
             stop()
 
     async def _leave_when_idle(
-        self, listener: trio.socket.SocketType, seconds: float, stop: Callable[[], None]
+        self, listener: trio.socket.SocketType, claims: Claims, seconds: float, stop: Callable[[], None]
     ) -> None:
         while True:
             while self._connections:
@@ -184,6 +208,8 @@ class Daemon:
             # A connection that comes and goes meanwhile starts the time anew.
             seen = self._accepted
             await trio.sleep(seconds)
+            if claims:
+                continue  # mounts of the last lockd may come back, or have left writers behind
             if self._accepted == seen and not self._connections and self._try_to_leave(listener):
                 log.info("nobody has needed lockd for %g s: it ends", seconds)
                 stop()

@@ -4,8 +4,9 @@ No storage is touched on the way, and no daemon is waited for that hangs.  The s
 
 * the mount daemon is told (`orders`): from then on it says that the type of the file has changed, and hands out no more
   of it; then the kernel is made to ask, and declares the inode bad;
-* a mount daemon that has not done so within `PATIENCE` is killed, and lockd answers in its place (`keeper`).  The other
-  choice would be that somebody goes on to write without a lock; a daemon that hangs serves nobody anyway;
+* a mount daemon that has not done so within `PATIENCE` is killed, and lockd answers in its place (`keeper`) what has to
+  be answered before its successor does.  The other choice would be that somebody goes on to write without a lock; a
+  daemon that hangs serves nobody anyway;
 * who can still write by a way that no error stops is killed (`stragglers`).
 
 The lock itself stays lost, and held, until all who have the image open for writing have closed it.
@@ -52,33 +53,39 @@ class Fencer:
         self._table = table
         self._events = events
         self._stragglers = Stragglers(nursery)
-        self._lost: list[Lock] = []
+        self._lost: dict[str, list[Lock]] = {}
 
     def lose(self, share: Share, grant: Grant) -> None:
         """Take note that a backend can no longer keep a grant: nothing more is granted for it, and it is fenced."""
         lock = self._table.lose(share, grant)
-        if lock is None:
-            return
-        self._lost.append(lock)
-        if len(self._lost) == 1:
+        if lock is not None:
+            self.lose_lock(lock, "the backend can no longer keep its lock")
+
+    def lose_lock(self, lock: Lock, why: str) -> None:
+        """Grant nothing more of a lock, and fence its image."""
+        self._table.mark_lost(lock, why)
+        if not self._lost:
             self._nursery.start_soon(self._fence_lost)
+        self._lost.setdefault(why, []).append(lock)
 
     async def _fence_lost(self) -> None:
         await trio.sleep(GATHER)
-        lost, self._lost = self._lost, []
-        targets = await self.fence(lost, "the backend can no longer keep its lock")
-        for lock in lost:
-            if all(target.result().fenced for target in targets if target.lock is lock):
-                await self._tell_backend(lock)
+        lost, self._lost = self._lost, {}
+        async with trio.open_nursery() as nursery:
+            for why, locks in lost.items():
+                nursery.start_soon(self._fence_and_tell, locks, why)
 
-    async def _tell_backend(self, lock: Lock) -> None:
-        """Tell a backend that somebody else may get the image now: nobody here can write to it any more."""
-        if lock.grant is None:
-            return
-        try:
-            await lock.share.backend.fenced(lock.grant)
-        except LockfsError as error:
-            log.warning("%s: %s", lock.share.source, error.message)
+    async def _fence_and_tell(self, locks: Sequence[Lock], why: str) -> None:
+        """Fence, and tell the backend that others may get the images now: nobody here can write to them any more."""
+        targets = await self.fence(locks, why)
+        for lock in locks:
+            certain = all(target.result().fenced for target in targets if target.lock is lock)
+            if not certain or lock.grant is None:
+                continue
+            try:
+                await lock.share.backend.fenced(lock.grant)
+            except LockfsError as error:
+                log.warning("%s: %s", lock.share.source, error.message)
 
     async def fence_these(self, images: Sequence[FenceTarget], reason: str) -> list[FenceResult]:
         """Fence the images that an admin names; return what became of each, in their order."""
@@ -136,23 +143,29 @@ class Fencer:
     async def _declare_bad(
         self, mounted: Mounted, attachment: Attachment, targets: list[Target], reason: str
     ) -> None:
-        if not mounted.gone and await mounted.orders.fence(_images(targets), reason, PATIENCE):
+        restarts = mounted.restarts
+        if not mounted.absent and await mounted.orders.fence(_images(targets), reason, PATIENCE):
             await self._trigger(attachment, targets)
         if all(target.stopped for target in targets):
             return
-        if not mounted.gone:
+        if not mounted.absent:
             self._kill_daemon(mounted, attachment, targets)
         died = await _has_died(attachment)
         if attachment.data == "passthrough":
-            mounted.keep(attachment, self._nursery)
+            self._keep(mounted, attachment, restarts)
             await self._trigger(attachment, targets)
             return
         # Data gets nowhere without a daemon, and one that was killed does nothing more, even if it cannot end yet since
         # it is stuck in the storage; but what it is stuck in may still be done, and its callers need an answer.
         if not died:
-            mounted.keep(attachment, self._nursery)
+            self._keep(mounted, attachment, restarts)
         for target in targets:
             target.stopped, target.drained, target.undrainable = True, died, True
+
+    def _keep(self, mounted: Mounted, attachment: Attachment, restarts: int) -> None:
+        """Answer in place of the dead daemon, unless a successor does meanwhile, which knows what is fenced."""
+        if mounted.restarts == restarts:
+            mounted.keep(attachment, self._nursery)
 
     async def _trigger(self, attachment: Attachment, targets: list[Target]) -> None:
         """Make the kernel ask for the attributes of all nodes that are not known to be bad."""

@@ -1,5 +1,9 @@
 """Who answers the kernel when a mount daemon is dead.
 
+While a successor is being started nobody answers, and callers wait for it; but if an image has to be fenced in this
+time, a keeper that is `holding` answers what the fence needs, and leaves the rest to be asked for again.  If there is
+no successor, a keeper answers everything.
+
 Without an answer everybody who uses the mount would hang; and a connection that nobody keeps open is aborted, after
 which no inode can be fenced.  So every request fails as on a connection that has ended, but for one: the attributes of
 a fenced inode, whose type is said to have changed, which makes the kernel declare it bad.
@@ -55,6 +59,9 @@ class Keeper:
     """Serves the connection of one mount whose daemon is dead.  *fenced* has the node ids that are fenced."""
 
     def __init__(self, attachment: Attachment, mountpoint: str, fenced: Container[int]) -> None:
+        self.holding = False
+        self._scope = trio.CancelScope()
+        self._ended = trio.Event()
         self._attachment = attachment
         self._mountpoint = mountpoint
         self._fenced = fenced
@@ -63,39 +70,54 @@ class Keeper:
 
     async def run(self) -> None:
         """Answer until the attachment is closed or the connection has ended.  The daemon must not read any more."""
-        with self._attachment.ended, self._attachment.fuse.in_use():
-            fd = self._attachment.fuse.number
-            fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_NONBLOCK)
-            buffer = bytearray(_BUFFER)
-            while True:
-                await trio.lowlevel.wait_readable(fd)
-                try:
-                    for _ in range(_AT_ONCE):
-                        self._serve(fd, buffer)
-                except BlockingIOError:
-                    continue
-                except OSError as error:
-                    if error.errno == errno.EINVAL and len(buffer) < _LARGEST_BUFFER:
-                        buffer = bytearray(2 * len(buffer))  # larger writes were agreed on
-                    elif error.errno == errno.ENODEV:
-                        log.info("the connection of %s has ended", self._mountpoint)
-                        return
-                    elif error.errno not in (errno.EINTR, errno.ENOENT):
-                        log.error("cannot serve %s, whose daemon is dead: %s", self._mountpoint, error)
-                        return
+        try:
+            with self._attachment.until_closed(), self._scope, self._attachment.fuse.in_use():
+                await self._run()
+        finally:
+            self._ended.set()
+
+    async def stop(self) -> None:
+        """Read nothing more from now on; return when that is so."""
+        self._scope.cancel()
+        await self._ended.wait()
+
+    async def _run(self) -> None:
+        fd = self._attachment.fuse.number
+        fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_NONBLOCK)
+        buffer = bytearray(_BUFFER)
+        while True:
+            await trio.lowlevel.wait_readable(fd)
+            try:
+                for _ in range(_AT_ONCE):
+                    self._serve(fd, buffer)
+            except BlockingIOError:
+                continue
+            except OSError as error:
+                if error.errno == errno.EINVAL and len(buffer) < _LARGEST_BUFFER:
+                    buffer = bytearray(2 * len(buffer))  # larger writes were agreed on
+                elif error.errno == errno.ENODEV:
+                    log.info("the connection of %s has ended", self._mountpoint)
+                    return
+                elif error.errno not in (errno.EINTR, errno.ENOENT):
+                    log.error("cannot serve %s, whose daemon is dead: %s", self._mountpoint, error)
+                    return
 
     def _serve(self, fd: int, buffer: bytearray) -> None:
         request = memoryview(buffer)[: os.readv(fd, [buffer])]
         if _IN_HEADER.unpack_from(request)[1] in (_RELEASE, _FORGET, _BATCH_FORGET):
             self.closed.set()
         reply = answer(request, self._fenced)
-        if reply is None:
+        if reply is None or (self.holding and not self._is_for_fence(request)):
             return
         try:
             os.write(fd, reply)
         except OSError as error:
             if error.errno != errno.ENOENT:  # who asked has gone meanwhile
                 raise
+
+    def _is_for_fence(self, request: memoryview) -> bool:
+        _size, opcode, _unique, node, *_ = _IN_HEADER.unpack_from(request)
+        return opcode == _GETATTR and node in self._fenced
 
     def ask_again(self) -> None:
         """Make the kernel send what the dead daemon had in its hands: else who waits for it does so for good."""

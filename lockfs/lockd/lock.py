@@ -52,9 +52,9 @@ class Lock:
     """See the module.
 
     `users` counts the calls that have to do with it, `overdue` storage calls that have not come back in
-    time. `lost` means that the grant is no longer safe.  `forget` is called when it may be idle.  `fd`,
-    `mount` and `since` tell of the grant: the descriptor that it is on, the mount for which it was taken,
-    and when.
+    time. `lost` means that the grant is no longer safe, `backed` that the backend knows of it.  `forget` is
+    called when it may be idle.  `fd`, `mount` and `since` tell of the grant: the descriptor that it is on,
+    the mount for which it was taken, and when.
     """
 
     key: Key
@@ -66,6 +66,7 @@ class Lock:
     mount: Mounted | None = None
     since: float = 0.0
     lost: bool = False
+    backed: bool = True
     users: int = 0
     overdue: int = 0
     transition: trio.Lock = field(default_factory=trio.Lock)
@@ -124,9 +125,17 @@ class Lock:
             self.holds[key].nodes.add(node)
         return first
 
+    def put(self, mounted: Mounted, owner: str, hold: Hold) -> None:
+        """Have one owner hold it as *hold* says, whatever was before."""
+        self.holds[mounted.mount_id, owner, hold.mode] = hold
+
     def nodes(self, mounted: Mounted) -> set[int]:
         """Return the numbers by which the kernel knows the file on one mount."""
         return {node for hold in self.holds.values() if hold.mounted is mounted for node in hold.nodes}
+
+    def is_held_by(self, mounted: Mounted) -> bool:
+        """Say whether anything is held through a mount."""
+        return any(hold.mounted is mounted for hold in self.holds.values())
 
     def remove(self, mount_id: str, owner: str, mode: Mode) -> bool:
         """Count one hold less.  Return False if there is none."""

@@ -49,13 +49,20 @@ class Orders:
                 return False
         return True
 
+    async def ping(self, patience: float) -> bool:
+        """Say whether the mount daemon's event loop goes round; also if there is no daemon that listens."""
+        return self._daemon is None or await self._order("ping", [], "", patience) or self._daemon is None
+
     async def _fence(self, images: list[FencedImage], reason: str, patience: float) -> bool:
+        return await self._order("fence", images, reason, patience)
+
+    async def _order(self, kind: str, images: list[FencedImage], reason: str, patience: float) -> bool:
         if self._daemon is None:
             return False
         serial = next(self._serial)
         done = self._waiting[serial] = trio.Event()
         try:
-            self._daemon.send_nowait(Order(serial, "fence", images, reason))
+            self._daemon.send_nowait(Order(serial, kind, images, reason))
             with trio.move_on_after(patience):
                 await done.wait()
         finally:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AbstractContextManager
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
 import msgspec
+import trio
 
 import lockfs
 from lockfs import text
@@ -22,6 +24,7 @@ from lockfs.lockd.fence import Fencer
 from lockfs.lockd.lock import Lock
 from lockfs.lockd.share import Mounted
 from lockfs.lockd.shares import Shares
+from lockfs.lockd.succession import Succession
 from lockfs.lockd.table import Ask, Table
 from lockfs.protocol import messages
 from lockfs.protocol.varlink import MESSAGE_LIMIT, ProtocolError
@@ -75,13 +78,18 @@ class Answer:
 class Service:
     """What the interface does.  Methods raise `LockfsError` for what goes to the caller as an error."""
 
-    def __init__(self, table: Table, shares: Shares, fencer: Fencer, events: Events, run_dir: str) -> None:
+    def __init__(
+        self, table: Table, shares: Shares, fencer: Fencer, succession: Succession, events: Events, run_dir: str
+    ) -> None:
         self._table = table
+        self._succession = succession
         self._shares = shares
         self._fencer = fencer
         self._events = events
         self._run_dir = run_dir
         self._since = time.time()
+        self._connected: Counter[int] = Counter()
+        self._hung_up = trio.Event()
 
     async def call(self, client: Client, request: msgspec.Struct, fds: Descriptors) -> Answer:
         """Do what *request* asks for, but for `Watch` and `Orders`."""
@@ -102,6 +110,20 @@ class Service:
                 return Answer(messages.Attached())
             case messages.Detach():
                 return Answer(messages.Detached(self._shares.detach(self._shares.get(request.mount_id, client.pid))))
+            case messages.HandOver():
+                await self._hand_over(client, request, fds)
+                return Answer(messages.HandedOver())
+            case messages.Resume():
+                return await self._resume(client, request)
+            case messages.Claim():
+                mounted = self._shares.get(request.mount_id, client.pid)
+                return Answer(messages.Claims(self._shares.claim(mounted, request)))
+            case messages.Reclaim():
+                mounted = self._shares.get(request.mount_id, client.pid)
+                return Answer(messages.Reclaimed(), self._table.kept(mounted, request.dev, request.ino))
+            case messages.TakeOver():
+                mounted = self._shares.get(request.mount_id, client.pid)
+                return await self._take_over(mounted)
             case messages.Obeyed():
                 self._shares.get(request.mount_id, client.pid).orders.obeyed(request.serial)
                 return Answer(messages.Noted())
@@ -130,16 +152,47 @@ class Service:
     async def leave(self, client: Client) -> None:
         """The connection has closed: if it was the life line of a mount, that is gone."""
         if client.mounted is not None:
-            await self._shares.leave(client.mounted)
+            await self._shares.leave(client.mounted, client.pid)
 
     async def _register(self, client: Client, request: messages.Register, fds: Descriptors) -> Answer:
         if client.mounted is not None:
             raise ProtocolError("this connection is the life line of another mount already")
-        mounted = await self._shares.join(request.mount, fds.peek(request.source_fd), client.pid)
+        mounted = await self._shares.join(request.mount, fds.peek(request.source_fd), client.pid, request.mount_id)
         client.mounted = mounted
         return Answer(
             messages.Registered(mounted.mount_id, self._shares.host, mounted.share.backend.excludes),
         )
+
+    async def _take_over(self, mounted: Mounted) -> Answer:
+        fenced = await self._shares.take_over(mounted)
+        attachment = mounted.attachment
+        if attachment is None:
+            raise LockUnavailable(f"{mounted.mount.mountpoint} has been unmounted")
+        return Answer(messages.TakenOver(attachment.dev, attachment.data, fenced), [attachment.root.number])
+
+    async def _resume(self, client: Client, request: messages.Resume) -> Answer:
+        if client.mounted is not None:
+            raise ProtocolError("this connection is the life line of another mount already")
+        before = self._shares.mounts.get(request.mount_id)
+        if before is not None:
+            # What the one before has asked for may be under way still, and is undone at its end.
+            while self._connected[before.pid]:
+                self._hung_up = trio.Event()
+                await self._hung_up.wait()
+        client.mounted = self._shares.resume(request.mount_id, request.token, client.pid)
+        return Answer(messages.Resumed(client.mounted.mount))
+
+    @contextmanager
+    def serving(self, client: Client) -> Iterator[None]:
+        """Within the context a connection is served."""
+        self._connected[client.pid] += 1
+        try:
+            yield
+        finally:
+            self._connected[client.pid] -= 1
+            if not self._connected[client.pid]:
+                del self._connected[client.pid]
+            self._hung_up.set()
 
     def _attach(self, client: Client, request: messages.Attach, fds: Descriptors) -> None:
         mounted = self._shares.get(request.mount_id, client.pid)
@@ -152,6 +205,17 @@ class Service:
             raise LockUnavailable(f"the mount daemon cannot be watched: {error.strerror}") from error
         fds.take(request.root_fd)
         fds.take(request.fuse_fd)
+
+    async def _hand_over(self, client: Client, request: messages.HandOver, fds: Descriptors) -> None:
+        mounted = self._shares.get(request.mount_id, client.pid)
+        for each in request.images:
+            for index in (each.lock_fd, *each.keep_fds) if each.lock_fd >= 0 else each.keep_fds:
+                fds.peek(index)
+        images = [
+            (each, fds.take(each.lock_fd) if each.lock_fd >= 0 else -1, [fds.take(index) for index in each.keep_fds])
+            for each in request.images
+        ]
+        await self._succession.hand_over(mounted, images, last=request.last)
 
     async def _acquire(self, client: Client, request: messages.Acquire, fds: Descriptors) -> Answer:
         mounted = self._shares.get(request.mount_id, client.pid)
@@ -173,7 +237,9 @@ class Service:
         lock = await self._table.acquire(ask)
         # From here to the answer nothing may wait: a hold that nobody answers for would stay.
         return Answer(
-            messages.Acquired(lock.since, lock.grant.token if lock.grant else None),
+            messages.Acquired(
+                lock.since, lock.grant.token if lock.grant else None, ask.first, ask.first and lock.fd is not ask.fd
+            ),
             _to_keep(lock, ask) if ask.first else (),
             partial(self._table.release, mounted, image.dev, image.ino, owner.key, mode),
         )
@@ -242,6 +308,8 @@ def _describe_mount(mounted: Mounted, locks: int) -> messages.MountInfo:
         locks,
         mounted.attachment.data if mounted.attachment is not None else "",
         mounted.gone,
+        mounted.restarts,
+        mounted.revival is not None,
     )
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import trio
 
@@ -16,6 +18,9 @@ from lockfs.lockd.keeper import Keeper
 from lockfs.lockd.orders import Orders
 from lockfs.lockd.storage import Storage
 from lockfs.protocol import messages
+
+if TYPE_CHECKING:
+    from lockfs.lockd.revival import Revival
 
 _numbers = itertools.count(1)
 
@@ -46,19 +51,54 @@ class Share:
         """An overdue call has ended, which means nothing for the share."""
 
 
+class Adopting:
+    """The images of a mount that has come back whose locks the backend has yet to take up."""
+
+    def __init__(self) -> None:
+        self._images: set[tuple[int, int]] = set()
+        self._none = trio.Event()
+        self._none.set()
+
+    def __contains__(self, identity: tuple[int, int]) -> bool:
+        return identity in self._images
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def add(self, identity: tuple[int, int]) -> None:
+        """Begin with one."""
+        if not self._images:
+            self._none = trio.Event()
+        self._images.add(identity)
+
+    def discard(self, identity: tuple[int, int]) -> None:
+        """One is done."""
+        self._images.discard(identity)
+        if not self._images:
+            self._none.set()
+
+    async def done(self) -> None:
+        """Return when all are."""
+        await self._none.wait()
+
+
 @dataclass(slots=True, eq=False)
 class Mounted:
     """A registered mount.  `pid` is that of its daemon, which alone may speak for it.
 
     `attachment` is None before the mount serves, and again when it is mounted nowhere any more: then it is `detached`,
-    and gets no more locks.  `gone` says that the daemon has ended; a `keeper` then answers in its place while there may
-    be somebody who can write.  `fenced` has the node ids that were fenced.
+    and gets no more locks.  `source` is its source directory.  While a successor of its daemon is being started, there
+    is a `revival`; `restarts` counts them, `deaths` how often in a row one has died soon after it served.  `gone` says
+    that the daemon has ended for good; a `keeper` then answers in its place while there may be somebody who can write.
+    `fenced` has the node ids that were fenced.  `handed_over` says that the mount, which had come back, has said all
+    that it holds.
     """
 
     mount_id: str
     mount: messages.Mount
     pid: int
     share: Share
+    source: Descriptor
     since: float = field(default_factory=time.time)
     attachment: Attachment | None = None
     detached: bool = False
@@ -66,12 +106,24 @@ class Mounted:
     orders: Orders = field(default_factory=Orders)
     fenced: set[int] = field(default_factory=set)
     keeper: Keeper | None = None
+    adopting: Adopting = field(default_factory=Adopting)
+    handed_over: bool = False
+    revival: Revival | None = None
+    restarts: int = 0
+    deaths: int = 0
+    served_since: float = -math.inf
+
+    @property
+    def absent(self) -> bool:
+        """Say whether there is no mount daemon at the moment."""
+        return self.gone or self.revival is not None
 
     def keep(self, attachment: Attachment, nursery: trio.Nursery) -> Keeper:
         """Answer the kernel from now on, since the daemon is dead; also what that one has left unanswered."""
         if self.keeper is None:
             self.keeper = Keeper(attachment, self.mount.mountpoint, self.fenced)
             nursery.start_soon(self.keeper.run)
+        self.keeper.holding = not self.gone
         self.keeper.ask_again()
         return self.keeper
 
@@ -80,4 +132,5 @@ class Mounted:
         if self.attachment is not None:
             self.attachment.close()
             self.attachment = None
+        self.source.close()
         self.detached = True

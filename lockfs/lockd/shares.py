@@ -20,19 +20,26 @@ from lockfs.backend import Backend, Context, Spec, find
 from lockfs.errors import LockfsError, MountError
 from lockfs.lockd.aftermath import Aftermath
 from lockfs.lockd.attachment import Attachment
+from lockfs.lockd.claims import Claim
 from lockfs.lockd.descriptor import Descriptor
 from lockfs.lockd.events import Events
 from lockfs.lockd.fence import Fencer
 from lockfs.lockd.lock import Lock
+from lockfs.lockd.recorder import Recorder
+from lockfs.lockd.revival import RESTARTS, Revival, watch
 from lockfs.lockd.share import Mounted, Share
 from lockfs.lockd.storage import STORAGE_TIMEOUT, Job, Storage
+from lockfs.lockd.succession import Succession
 from lockfs.lockd.table import Table
-from lockfs.protocol import messages
+from lockfs.protocol import messages, start
 from lockfs.protocol.errors import UnknownMount
 from lockfs.protocol.varlink import ProtocolError
 
 SETTLERS = 16
 """Locks of a mount that is gone that are given back at once."""
+
+REPLACE_POLL = 0.02
+"""Seconds between two looks whether a daemon was replaced."""
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +51,15 @@ class Shares:
     """
 
     def __init__(
-        self, nursery: trio.Nursery, table: Table, fencer: Fencer, events: Events, host: str, run_dir: str
+        self,
+        nursery: trio.Nursery,
+        table: Table,
+        fencer: Fencer,
+        events: Events,
+        recorder: Recorder,
+        succession: Succession,
+        host: str,
+        run_dir: str,
     ) -> None:
         self.mounts: dict[str, Mounted] = {}
         self.leaving = 0
@@ -53,6 +68,8 @@ class Shares:
         self._table = table
         self._fencer = fencer
         self._events = events
+        self._recorder = recorder
+        self._succession = succession
         self._run_dir = run_dir
         self._shares: dict[tuple[int, int], Share] = {}
         self._gates: dict[tuple[int, int], trio.Lock] = {}
@@ -68,10 +85,51 @@ class Shares:
         """Return the shares that are open."""
         return list(self._shares.values())
 
-    async def join(self, mount: messages.Mount, source_fd: int, pid: int) -> Mounted:
+    def is_back(self, mount_id: str) -> bool:
+        """Say whether a mount of the last lockd has come back."""
+        there = self.mounts.get(mount_id)
+        return there is not None and not there.gone
+
+    def ghost(self, claim: Claim) -> Mounted | None:
+        """Return what stands for a dead mount of the last lockd, if its share is there, else None."""
+        there = self.mounts.get(claim.mount_id)
+        share = self._shares.get(claim.mount.mount.top)
+        if there is not None or share is None or share.ended.cancel_called:
+            return there
+        mount = claim.mount.mount
+        top = Descriptor(os.dup(share.top.number), share.storage.closer)
+        ghost = Mounted(mount.mount_id, mount.mount, mount.pid, share, top, mount.since, detached=True, gone=True)
+        self.mounts[mount.mount_id] = share.mounts[mount.mount_id] = ghost
+        return ghost
+
+    async def free(self, ghost: Mounted, locks: Sequence[Lock]) -> None:
+        """Free locks of a dead mount."""
+        for lock in locks:
+            self._table.abandon_one(ghost, lock)
+        await self._settle(locks)
+
+    async def bury(self, claim: Claim) -> None:
+        """Forget a dead mount."""
+        start.remove_journal(self._run_dir, claim.mount_id)
+        ghost = self.mounts.pop(claim.mount_id, None)
+        if ghost is None:
+            return
+        share = ghost.share
+        ghost.detach()
+        del share.mounts[ghost.mount_id]
+        async with self._gates[share.dev, share.ino]:
+            if self._is_unused(share):
+                await self._close(share)
+
+    def serves(self, dev: int) -> bool:
+        """Say whether a mount that is attached has this device number."""
+        return any(each.attachment is not None and each.attachment.dev == dev for each in self.mounts.values())
+
+    async def join(self, mount: messages.Mount, source_fd: int, pid: int, mount_id: str = "") -> Mounted:
         """Register a mount; the descriptor stays the caller's.
 
-        Raises `MountError` if the share cannot be mounted so.
+        With *mount_id* it is one that the last lockd has known already.  Raises `MountError` if the share cannot be
+        mounted so.
         """
         try:
             with trio.fail_after(STORAGE_TIMEOUT):
@@ -87,8 +145,7 @@ class Shares:
                 if share is None:
                     share = await self._open(mount, source_fd, identity, spec, values)
                 _check_same(share, mount, values)
-                mounted = Mounted(secrets.token_hex(8), mount, pid, share)
-                self.mounts[mounted.mount_id] = share.mounts[mounted.mount_id] = mounted
+                mounted = self._admit(mount, share, source_fd, pid, mount_id)
         except trio.TooSlowError:
             raise MountError(f"the storage of {mount.source} does not answer") from None
         except MountError:
@@ -96,8 +153,22 @@ class Shares:
         except (LockfsError, OSError) as error:
             message = error.message if isinstance(error, LockfsError) else str(error)
             raise MountError(message, hint=getattr(error, "hint", "")) from error
-        log.info("mounted: %s on %s, backend %s, process %d", mount.source, mount.mountpoint, mount.backend, pid)
-        self._tell("mounted", mounted)
+        what = "back" if mount_id else "mounted"
+        log.info("%s: %s on %s, backend %s, process %d", what, mount.source, mount.mountpoint, mount.backend, pid)
+        self._tell(what, mounted)
+        return mounted
+
+    def _admit(self, mount: messages.Mount, share: Share, source_fd: int, pid: int, mount_id: str) -> Mounted:
+        if mount_id in self.mounts:
+            raise MountError(f"{mount.mountpoint} is registered already, by process {self.mounts[mount_id].pid}")
+        top = Descriptor(os.dup(source_fd), share.storage.closer)
+        mounted = Mounted(mount_id or secrets.token_hex(8), mount, pid, share, top)
+        try:
+            self._succession.register(mounted)
+        except BaseException:
+            top.close()
+            raise
+        self.mounts[mounted.mount_id] = share.mounts[mounted.mount_id] = mounted
         return mounted
 
     async def _open(
@@ -134,7 +205,10 @@ class Shares:
         """
         if mounted.attachment is not None or mounted.detached:
             raise ProtocolError("the mount is attached already")
-        mounted.attachment = Attachment.of(call.dev, call.data, root_fd, fuse_fd, mounted.pid, self._nursery)
+        self._recorder.attached(mounted, call.dev, call.data)
+        mounted.attachment = Attachment.of(call, root_fd, fuse_fd, mounted.pid, self._nursery)
+        if call.resumable and RESTARTS:
+            self._nursery.start_soon(watch, mounted, mounted.attachment)
 
     def detach(self, mounted: Mounted) -> bool:
         """Let a mount go that is mounted nowhere any more; return False if its images are still held."""
@@ -143,8 +217,74 @@ class Shares:
         mounted.detach()
         return True
 
-    async def leave(self, mounted: Mounted) -> None:
-        """Free what a mount holds whose daemon is gone, as soon as nobody can write by it; return when that is done."""
+    async def fence_orphans(self) -> None:
+        """Cut off who can still write by way of mounts whose daemon is dead: this lockd alone keeps their locks."""
+        orphaned = [each for each in self.mounts.values() if each.absent and each.attachment is not None]
+        locks = {lock.key: lock for mounted in orphaned for lock in self._table.held_by(mounted)}
+        if locks:
+            await self._fencer.fence(locks.values(), "lockd stops, and nobody else keeps its lock")
+        await self._succession.kill_orphans()
+
+    def resume(self, mount_id: str, token: str, pid: int) -> Mounted:
+        """Take note of a successor of a mount daemon.  Raises `UnknownMount` for one that nobody waits for."""
+        mounted = self.mounts.get(mount_id)
+        if mounted is None or mounted.revival is None or not mounted.revival.admit(token, pid):
+            raise UnknownMount(mount_id)
+        mounted.pid = pid
+        self._recorder.mount(mounted)
+        return mounted
+
+    def claim(self, mounted: Mounted, claims: messages.Claim) -> list[messages.Claimed]:
+        """Compare what a successor claims with what there is; return what is not safe to write under."""
+        if mounted.revival is None:
+            raise ProtocolError("only a successor claims what is held")
+        unsafe = [each for each in claims.holds if not self._table.is_safe(mounted, each)]
+        mounted.revival.claimed.update(claims.holds)
+        if claims.last:
+            self._nursery.start_soon(self._settle, self._table.keep_only(mounted, mounted.revival.claimed))
+        return unsafe
+
+    async def take_over(self, mounted: Mounted) -> list[int]:
+        """Let a successor answer the kernel; return what is fenced."""
+        if mounted.revival is None:
+            raise ProtocolError("only a successor takes a mount over")
+        if mounted.keeper is not None:
+            await mounted.keeper.stop()
+            mounted.keeper = None
+        mounted.revival.succeed()
+        self._tell("daemon-restarted", mounted)
+        return sorted(mounted.fenced)
+
+    async def replace(self, mounted: Mounted) -> bool:
+        """End the daemon of a mount and have a successor take over; return whether one serves now."""
+        attachment, before = mounted.attachment, mounted.restarts
+        if attachment is None or not attachment.resumable:
+            return False
+        attachment.kill_daemon()
+        while mounted.restarts == before and not mounted.gone and not mounted.detached:  # noqa: ASYNC110
+            await trio.sleep(REPLACE_POLL)
+        return mounted.restarts > before
+
+    async def leave(self, mounted: Mounted, pid: int) -> None:
+        """The life line of a mount has ended, which was that of process *pid*.
+
+        Have a successor take over, or free what the mount holds as soon as nobody can write by it; return when that is
+        done.
+        """
+        if mounted.revival is not None:
+            return  # a successor that failed: the revival sees to it
+        if pid != mounted.pid:
+            return
+        attachment = mounted.attachment
+        await self._succession.died(mounted)
+        if attachment is not None and attachment.resumable and RESTARTS:
+            revival = mounted.revival = Revival(mounted, attachment, self._run_dir)
+            if await revival.run():
+                return
+            mounted.revival = None
+        await self._free(mounted)
+
+    async def _free(self, mounted: Mounted) -> None:
         self.leaving += 1
         mounted.gone = True
         try:
@@ -161,12 +301,14 @@ class Shares:
     async def _leave(self, mounted: Mounted) -> None:
         share = mounted.share
         mounted.detach()
+        start.remove_journal(self._run_dir, mounted.mount_id)
         del self.mounts[mounted.mount_id]
         del share.mounts[mounted.mount_id]
         locks = self._table.abandon(mounted)
         log.info("unmounted: %s; it leaves %d locks to release", mounted.mount.mountpoint, len(locks))
         self._tell("unmounted", mounted)
         await self._settle(locks)
+        await self._succession.gone(mounted)
         async with self._gates[share.dev, share.ino]:
             if self._is_unused(share):
                 await self._close(share)

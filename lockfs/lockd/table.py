@@ -21,13 +21,16 @@ import trio
 from lockfs import text
 from lockfs.backend import Backend, Busy, Grant, Holder, Image, Mode
 from lockfs.errors import LockfsError, LockUnavailable
+from lockfs.lockd.claims import Claims
 from lockfs.lockd.descriptor import Descriptor
 from lockfs.lockd.events import Events
 from lockfs.lockd.lock import Key, Lock, Waiter
+from lockfs.lockd.recorder import Recorder
 from lockfs.lockd.share import Mounted, Share
 from lockfs.lockd.storage import Job
 from lockfs.protocol.errors import HeldError, NotHeld
-from lockfs.protocol.messages import Event, FenceTarget, HolderInfo
+from lockfs.protocol.messages import Claimed, Event, FenceTarget, HolderInfo
+from lockfs.steps import step
 
 LOCAL_GRACE = 0.1
 """Seconds that a conflict on this host may last at least: a RELEASE comes after the close(2) that caused
@@ -46,7 +49,7 @@ class Ask:
     patiently.
 
     `node` is the number by which the kernel knows the file, 0 if it is not known.  `first` is set if it gives
-    this mount its first hold of the lock.
+    this mount its first hold of the lock, `recorded` if it was written down that it is wanted.
     """
 
     mounted: Mounted
@@ -58,14 +61,17 @@ class Ask:
     wait: float
     node: int = 0
     first: bool = False
+    recorded: bool = False
 
 
 class Table:
     """All locks of this host."""
 
-    def __init__(self, events: Events) -> None:
+    def __init__(self, events: Events, recorder: Recorder | None = None, claims: Claims | None = None) -> None:
         self.locks: dict[Key, Lock] = {}
         self._events = events
+        self._recorder = recorder or Recorder()
+        self._claims = claims
 
     # Acquire ---------------------------------------------------------------------------------
 
@@ -75,21 +81,29 @@ class Table:
         Raises `HeldError` if another owner has it for longer than the caller waits, and `LockUnavailable`.
         Whoever is cancelled in it holds nothing.
         """
-        lock = self._find(ask.mounted.share, ask.image)
+        lock = self.find_or_make(ask.mounted.share, ask.image)
         lock.users += 1
-        waiter = lock.enter(ask.owner)
+        taken = False
         try:
-            await self._wait_and_take(lock, waiter, ask)
+            if self._claims is not None and lock.share.backend.excludes:
+                await self._claims.clear(lock.key[1:], ask.mode, ask.wait)
+            waiter = lock.enter(ask.owner)
+            try:
+                await self._wait_and_take(lock, waiter, ask)
+            finally:
+                lock.leave(waiter)
+            taken = True
             return lock
         except HeldError as error:
             self._refused(ask, error)
             raise
         finally:
-            lock.leave(waiter)
+            if ask.recorded and not taken:
+                self._recorder.now(lock, ask.mounted, ask.image, ask.owner, ask.mode)
             lock.users -= 1
             if lock.fd is not ask.fd:
                 ask.fd.close()
-            self._forget_if_idle(lock)
+            self.forget_if_idle(lock)
 
     async def _wait_and_take(self, lock: Lock, waiter: Waiter, ask: Ask) -> None:
         begin = trio.current_time()
@@ -127,6 +141,7 @@ class Table:
                 f"the image is locked by way of {lock.share.source}, which {ask.mounted.share.source} overlaps with"
             )
         if lock.covers(ask.mode):
+            self._want(lock, ask)
             ask.first = lock.add(ask.mounted, ask.owner, ask.mode, ask.holder, ask.node)
             return True
 
@@ -142,13 +157,16 @@ class Table:
         if job.given_up() or lock.lost or lock.blocker(ask.owner, ask.mode) is not None:
             return False
         backend = lock.share.backend
+        self._want(lock, ask)
         if lock.grant is None:
+            step("lockd.before-backend-acquire")
             grant = await backend.acquire(ask.image, ask.mode, ask.holder)
+            step("lockd.after-backend-acquire")
             if job.given_up():
                 with trio.CancelScope(shield=True):
                     await _give_back(backend, grant)
                 return False
-            lock.grant, lock.fd, lock.mount, lock.since = grant, ask.fd, ask.mounted, time.time()
+            lock.grant, lock.fd, lock.mount, lock.since = grant, ask.fd, ask.mounted, ask.holder.since or time.time()
             self._tell("acquired", lock, ask.holder)
         elif lock.grant.mode is Mode.SHARED and ask.mode is Mode.EXCLUSIVE:
             await backend.convert(lock.grant, Mode.EXCLUSIVE, ask.holder)
@@ -158,6 +176,12 @@ class Table:
                 return False
         ask.first = lock.add(ask.mounted, ask.owner, ask.mode, ask.holder, ask.node)
         return True
+
+    def _want(self, lock: Lock, ask: Ask) -> None:
+        """Write down what is about to be granted.  Raises `LockUnavailable`."""
+        if not ask.recorded:
+            self._recorder.wanted(lock, ask.mounted, ask.image, ask.owner, ask.holder, ask.node)
+            ask.recorded = True
 
     def _refused(self, ask: Ask, error: HeldError) -> None:
         path = ask.holder.path
@@ -185,10 +209,12 @@ class Table:
         lock = self.locks.get(_key(mounted.share, dev, ino))
         if lock is None or not lock.remove(mounted.mount_id, owner, mode):
             raise NotHeld(dev, ino)
+        if lock.grant is not None:
+            self._recorder.now(lock, mounted, lock.grant.image, owner, mode)
         lock.kick()
         if lock.unsettled:
             await lock.share.storage.insist(lock, partial(self._settle_alone, lock))
-        self._forget_if_idle(lock)
+        self.forget_if_idle(lock)
 
     def abandon(self, mounted: Mounted) -> list[Lock]:
         """Take all holds of a mount away.  Return the locks that are to be settled now."""
@@ -199,24 +225,57 @@ class Table:
 
     def abandon_one(self, mounted: Mounted, lock: Lock) -> None:
         """Take the holds of a mount on one lock away; it is to be settled now."""
+        _, dev, ino = lock.key
+        holds = [(hold.owner, hold.mode) for hold in lock.holds.values() if hold.mounted is mounted]
+        self._recorder.free(mounted.mount_id, dev, ino, holds)
         if lock.remove_mount(mounted.mount_id):
             lock.kick()
 
+    def is_safe(self, mounted: Mounted, claimed: Claimed) -> bool:
+        """Say whether a mount has a hold that it claims, and may write under it."""
+        lock = self.locks.get(_key(mounted.share, claimed.dev, claimed.ino))
+        hold = (mounted.mount_id, claimed.owner, Mode(claimed.mode))
+        return lock is not None and hold in lock.holds and not lock.lost
+
+    def keep_only(self, mounted: Mounted, claims: set[Claimed]) -> list[Lock]:
+        """Take all holds of a mount away but those that are claimed; return the locks that are to be settled."""
+        touched: list[Lock] = []
+        for lock in self.held_by(mounted):
+            for key, hold in list(lock.holds.items()):
+                claimed = Claimed(lock.key[1], lock.key[2], hold.mode.value, hold.owner)
+                if hold.mounted is not mounted:
+                    continue
+                if claimed in claims:
+                    hold.count = 1  # a mount has each hold once, whoever shares it there
+                else:
+                    del lock.holds[key]
+                    self._recorder.free(mounted.mount_id, lock.key[1], lock.key[2], [(hold.owner, hold.mode)])
+                    touched.append(lock)
+            lock.kick()
+        return touched
+
+    def kept(self, mounted: Mounted, dev: int, ino: int) -> list[int]:
+        """Return the descriptors that a mount has to keep with what it holds of an image."""
+        lock = self.locks.get(_key(mounted.share, dev, ino))
+        if lock is None or lock.grant is None or lock.fd is None or not lock.is_held_by(mounted):
+            return []
+        return [lock.fd.number, *lock.grant.keep]
+
     def held_by(self, mounted: Mounted) -> list[Lock]:
         """Return the locks that are held through a mount."""
-        return [lock for lock in self.locks.values() if any(hold.mounted is mounted for hold in lock.holds.values())]
+        return [lock for lock in self.locks.values() if lock.is_held_by(mounted)]
 
     async def settle(self, lock: Lock) -> None:
         """Give back what is not wanted any more, however long it takes."""
         if lock.unsettled:
             await lock.share.storage.finish(lock, partial(self._settle_alone, lock))
-        self._forget_if_idle(lock)
+        self.forget_if_idle(lock)
 
     async def _settle_alone(self, lock: Lock, _: Job[None]) -> None:
         async with lock.transition:
             await self._settle(lock)
         lock.kick()
-        self._forget_if_idle(lock)
+        self.forget_if_idle(lock)
 
     async def _settle(self, lock: Lock) -> None:
         """Make the grant as weak as what is wanted.  The caller has the transition."""
@@ -224,6 +283,8 @@ class Table:
             return
         backend = lock.share.backend
         if lock.wanted is not None:
+            if not lock.backed:
+                return
             try:
                 await backend.convert(lock.grant, lock.wanted, next(iter(lock.holders())))
             except LockfsError as error:
@@ -231,18 +292,19 @@ class Table:
                 # held.
                 log.warning("%s stays locked exclusively: %s", _path(lock), error)
             return
-        await _give_back(backend, lock.grant)
+        if lock.backed:
+            await _give_back(backend, lock.grant)
         self._tell("released", lock, None)
         if lock.fd is not None:
             lock.fd.close()
-        lock.grant, lock.fd, lock.mount, lock.lost = None, None, None, False
+        lock.grant, lock.fd, lock.mount, lock.lost, lock.backed = None, None, None, False, True
 
     # What else there is ----------------------------------------------------------------------
 
     async def inspect(self, mounted: Mounted, image: Image, fd: Descriptor) -> list[HolderInfo]:
         """Return who holds an image, here or on another host; the descriptor is the table's from here on."""
         share = mounted.share
-        lock = self._find(share, image)
+        lock = self.find_or_make(share, image)
         lock.users += 1
 
         async def work(_: Job[list[HolderInfo]]) -> list[HolderInfo]:
@@ -251,6 +313,9 @@ class Table:
                     await self._settle(lock)
                     if lock.holds:
                         return [HolderInfo.of(each, here=True) for each in lock.holders()]
+                    claimed = self._claims.holders(lock.key[1:]) if self._claims is not None else []
+                    if claimed:
+                        return [HolderInfo.of(each, here=True) for each in claimed]
                     found = await share.backend.inspect(image)
                     return [] if found is None else [HolderInfo.of(found)]
 
@@ -261,7 +326,7 @@ class Table:
         finally:
             fd.close()
             lock.users -= 1
-            self._forget_if_idle(lock)
+            self.forget_if_idle(lock)
 
     def lose(self, share: Share, grant: Grant) -> Lock | None:
         """Take note that a grant is no longer safe: nothing more is granted for it until its holders are
@@ -280,6 +345,7 @@ class Table:
         if lock.lost:
             return
         lock.lost = True
+        self._recorder.lost(lock)
         log.error("lost the lock on %s: %s; held here by %s", _path(lock), reason, _people(lock.holders()))
         for hold in lock.holds.values():
             self._events.publish(
@@ -314,14 +380,16 @@ class Table:
         """Say whether there is any lock of this share."""
         return any(lock.share is share for lock in self.locks.values())
 
-    def _find(self, share: Share, image: Image) -> Lock:
+    def find_or_make(self, share: Share, image: Image) -> Lock:
+        """Return the lock of an image; the caller counts itself among its `users` before it waits for anything."""
         key = _key(share, image.dev, image.ino)
         lock = self.locks.get(key)
         if lock is None:
-            lock = self.locks[key] = Lock(key, share, self._forget_if_idle)
+            lock = self.locks[key] = Lock(key, share, self.forget_if_idle)
         return lock
 
-    def _forget_if_idle(self, lock: Lock) -> None:
+    def forget_if_idle(self, lock: Lock) -> None:
+        """Drop a lock that nothing would be forgotten with."""
         if lock.idle and self.locks.get(lock.key) is lock:
             del self.locks[lock.key]
 
@@ -344,7 +412,9 @@ class Table:
 
 async def _give_back(backend: Backend, grant: Grant) -> None:
     try:
+        step("lockd.before-backend-release")
         await backend.release(grant)
+        step("lockd.after-backend-release")
     except LockfsError as error:
         # The descriptors of the lock are closed next, which ends what the storage still has of it.
         log.warning("could not give back the lock on inode %d: %s", grant.image.ino, error)

@@ -18,7 +18,7 @@ import trio
 
 from lockfs.errors import LockfsError, LockUnavailable
 from lockfs.protocol import messages, varlink
-from lockfs.protocol.errors import HeldError, InvalidCall, NotHeld, UnknownMount, from_wire
+from lockfs.protocol.errors import HeldError, InvalidCall, LockdGone, NotHeld, UnknownMount, from_wire
 from lockfs.protocol.start import SOCKET, ensure_lockd, short_path
 from lockfs.protocol.wire import Wire, close_all
 
@@ -72,9 +72,16 @@ class LockdClient:
 
         Raises `MountError` if lockd refuses the mount.
         """
+        return await self._begin_life(request, messages.Registered, [source_fd])
+
+    async def resume(self, request: messages.Resume) -> messages.Mount:
+        """Register as the successor of a mount daemon, as `register`; return the mount.  Raises `LockUnavailable`."""
+        return (await self._begin_life(request, messages.Resumed, [])).mount
+
+    async def _begin_life(self, request: msgspec.Struct, kind: type[T], source: Sequence[int]) -> T:
         wire = await self._open()
         try:
-            reply, fds = await _converse(wire, request, messages.Registered, [source_fd])
+            reply, fds = await _converse(wire, request, kind, source)
         except BaseException:
             wire.close()
             raise
@@ -89,7 +96,7 @@ class LockdClient:
         caller's to close.
 
         *fds* stay the caller's.  Raises `HeldError` (a `Busy`), `NotHeld`, `MountError`, `InvalidCall`, and
-        `LockUnavailable` if lockd cannot say, is gone, or breaks off.
+        `LockUnavailable` if lockd cannot say, `LockdGone` if it is gone or breaks off.
         """
         slots = self._releases if isinstance(request, messages.Release) else self._calls
         async with slots:
@@ -139,14 +146,14 @@ class LockdClient:
 
     async def _open(self) -> Wire:
         if self._closed:
-            raise LockUnavailable("the client of lockd is closed")
+            raise LockdGone("the client of lockd is closed")
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
             sock.setblocking(False)
             await self._connect(sock)
         except OSError as error:
             sock.close()
-            raise LockUnavailable(f"lockd is not running in {self._run_dir} ({error.strerror})") from error
+            raise LockdGone(f"lockd is not running in {self._run_dir} ({error.strerror})") from error
         except BaseException:
             sock.close()
             raise
@@ -246,16 +253,16 @@ async def _send(wire: Wire, request: msgspec.Struct, fds: Sequence[int], *, more
     try:
         await wire.send(varlink.encode_call(method, request, more=more), fds)
     except OSError as error:
-        raise LockUnavailable(f"lockd is gone ({error.strerror})") from error
+        raise LockdGone(f"lockd is gone ({error.strerror})") from error
 
 
 async def _receive(wire: Wire, kind: type[T]) -> tuple[T, list[int]]:
     try:
         received = await wire.receive()
     except OSError as error:
-        raise LockUnavailable(f"lockd is gone ({error.strerror})") from error
+        raise LockdGone(f"lockd is gone ({error.strerror})") from error
     if received is None:
-        raise LockUnavailable("lockd closed the connection")
+        raise LockdGone("lockd closed the connection")
     message, fds = received
     try:
         reply = varlink.decode_reply(message)

@@ -19,6 +19,10 @@ class HeldError(Busy):
         self.here = here
 
 
+class LockdGone(LockUnavailable):
+    """The connection to lockd broke, or there is none: whether a call was carried out is not known."""
+
+
 class UnknownMount(LockUnavailable):
     """lockd knows no such mount, or another process registered it."""
 

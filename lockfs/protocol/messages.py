@@ -113,7 +113,8 @@ class MountInfo(msgspec.Struct, frozen=True, omit_defaults=True):
     """One registered mount.
 
     `data` says how data gets to the storage, empty before the mount serves.  `daemon_gone` is true if its daemon has
-    died: what is open may still be written to, and stays locked.
+    died and gets no successor: what is open may still be written to, and stays locked.  `restarts` counts the
+    successors so far; while one is being started, `restarting` is true.
     """
 
     mount_id: str
@@ -123,16 +124,23 @@ class MountInfo(msgspec.Struct, frozen=True, omit_defaults=True):
     locks: int
     data: str = ""
     daemon_gone: bool = False
+    restarts: int = 0
+    restarting: bool = False
 
 
 # Calls -------------------------------------------------------------------------------------------
 
 
-class Register(msgspec.Struct, frozen=True):
-    """The connection that makes this call is the mount's life line: it closes when the mount daemon ends."""
+class Register(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The connection that makes this call is the mount's life line: it closes when the mount daemon ends.
+
+    With *mount_id* a mount that was registered before comes back, after lockd or its daemon was restarted; `HandOver`
+    follows.
+    """
 
     mount: Mount
     source_fd: int = 0
+    mount_id: str = ""
 
 
 class Registered(msgspec.Struct, frozen=True):
@@ -162,11 +170,14 @@ class Acquired(msgspec.Struct, frozen=True, omit_defaults=True):
     """`since` and `token` are those of the lock.
 
     Descriptors that ride along come with the first hold that a mount has on an image, and must be kept open
-    until its last one is released: the lock lives in them too.
+    until its last one is released: the lock lives in them too.  `first` says that this is such a hold; with `foreign`
+    the first of the descriptors is the one that the lock was put on, without it that is the one of the call.
     """
 
     since: float
     token: int | None = None
+    first: bool = False
+    foreign: bool = False
 
 
 class Release(msgspec.Struct, frozen=True):
@@ -181,6 +192,45 @@ class Release(msgspec.Struct, frozen=True):
 
 class Released(msgspec.Struct, frozen=True):
     """Another owner, here or elsewhere, gets the image now unless there are other holds."""
+
+
+class HeldBy(msgspec.Struct, frozen=True, omit_defaults=True):
+    """That one owner holds an image through a mount, *count* times; *nodes* as `Acquire.node`, *since* for people."""
+
+    owner: Owner
+    mode: ModeName
+    count: int = 1
+    nodes: list[int] = []
+    since: float = 0.0
+
+
+class HeldImage(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What is held of one image through a mount.
+
+    *lock_fd* is the descriptor that the lock was put on, *keep_fds* the others that came with it; -1 and none if the
+    mount has none.  *lost* says that the image was fenced.
+    """
+
+    image: Image
+    holds: list[HeldBy]
+    lock_fd: int = -1
+    keep_fds: list[int] = []
+    lost: bool = False
+
+
+class HandOver(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A mount that has come back says what it holds; the last one of these calls has *last*.
+
+    What is listed in none of them it does not hold.
+    """
+
+    mount_id: str
+    images: list[HeldImage] = []
+    last: bool = False
+
+
+class HandedOver(msgspec.Struct, frozen=True):
+    """lockd has it.  What it finds lost is being fenced."""
 
 
 class Inspect(msgspec.Struct, frozen=True):
@@ -204,7 +254,8 @@ class Attach(msgspec.Struct, frozen=True):
     """The mount serves.  Here is what lockd needs to fence its images, also when its daemon hangs or is dead.
 
     *root_fd* is the root directory, on a private clone of the mount; *fuse_fd* the connection to the kernel.  lockd
-    keeps both until the mount is gone.
+    keeps both until the mount is gone.  *resumable* says that there is a journal: if the daemon dies, lockd starts a
+    successor.
     """
 
     mount_id: str
@@ -212,6 +263,7 @@ class Attach(msgspec.Struct, frozen=True):
     data: DataPath
     root_fd: int = 0
     fuse_fd: int = 1
+    resumable: bool = False
 
 
 class Attached(msgspec.Struct, frozen=True):
@@ -230,6 +282,74 @@ class Detached(msgspec.Struct, frozen=True):
     done: bool
 
 
+class Resume(msgspec.Struct, frozen=True):
+    """A successor of a mount daemon that died, started by lockd, which has given it the *token*.
+
+    The connection that makes this call is the mount's life line from now on.
+    """
+
+    mount_id: str
+    token: str
+
+
+class Resumed(msgspec.Struct, frozen=True):
+    """The successor may claim what the daemon before has held."""
+
+    mount: Mount
+
+
+class Claimed(msgspec.Struct, frozen=True):
+    """A hold: that of one owner on an image in one mode."""
+
+    dev: int
+    ino: int
+    mode: ModeName
+    owner: str
+
+
+class Claim(msgspec.Struct, frozen=True):
+    """What the daemon before has held, by its journal.  With the *last* call lockd takes away what was not claimed."""
+
+    mount_id: str
+    holds: list[Claimed]
+    last: bool = True
+
+
+class Claims(msgspec.Struct, frozen=True, omit_defaults=True):
+    """`unsafe` are those of the claimed holds that there are not, or that were lost."""
+
+    unsafe: list[Claimed] = []
+
+
+class Reclaim(msgspec.Struct, frozen=True):
+    """Ask for the descriptors that a mount has to keep with the lock on an image."""
+
+    mount_id: str
+    dev: int
+    ino: int
+
+
+class Reclaimed(msgspec.Struct, frozen=True):
+    """The descriptors ride along; none if the image is not held."""
+
+
+class TakeOver(msgspec.Struct, frozen=True):
+    """The successor, which has called `Orders`, answers the kernel from now on; nobody else does."""
+
+    mount_id: str
+
+
+class TakenOver(msgspec.Struct, frozen=True, omit_defaults=True):
+    """`fenced` are the numbers by which the kernel knows what has been fenced on the mount.
+
+    With it comes the root of the mount, which the successor needs, as `dev` and `data`, to attach to a later lockd.
+    """
+
+    dev: int
+    data: DataPath
+    fenced: list[int] = []
+
+
 class Orders(msgspec.Struct, frozen=True):
     """The mount daemon asks for what it has to do, for as long as it lives."""
 
@@ -245,7 +365,8 @@ class FencedImage(msgspec.Struct, frozen=True):
 
 
 class Order(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What the mount daemon has to do at once, and then to answer with `Obeyed`: to ``fence`` images.
+    """What the mount daemon has to do at once, and then to answer with `Obeyed`: to ``fence`` images, or nothing but to
+    answer (``ping``).
 
     The first one of the stream, ``listening``, needs no answer: what is sent after it arrives.
     """
@@ -402,7 +523,7 @@ class Watch(msgspec.Struct, frozen=True):
 
 class Event(msgspec.Struct, frozen=True, omit_defaults=True):
     """One thing that happened: ``acquired``, ``released``, ``refused``, ``lost``, ``fenced``, ``mounted``,
-    ``unmounted``, ``daemon-gone``, ``confirmed-dead``.
+    ``unmounted``, ``daemon-restarted``, ``daemon-gone``, ``confirmed-dead``.
 
     The first one of a `Watch` is ``watching``: what happens after it will be told.
     """
@@ -469,11 +590,16 @@ METHODS: dict[str, tuple[type[msgspec.Struct], type[msgspec.Struct]]] = {
     "Watch": (Watch, Event),
     "Attach": (Attach, Attached),
     "Detach": (Detach, Detached),
+    "Resume": (Resume, Resumed),
+    "Claim": (Claim, Claims),
+    "Reclaim": (Reclaim, Reclaimed),
+    "TakeOver": (TakeOver, TakenOver),
     "Orders": (Orders, Order),
     "Obeyed": (Obeyed, Noted),
     "Fence": (Fence, Fenced),
     "Hosts": (Hosts, HostList),
     "ConfirmDead": (ConfirmDead, ConfirmedDead),
+    "HandOver": (HandOver, HandedOver),
 }
 """Each method with the types of its call and its reply; the class of a call has the method's name."""
 

@@ -39,6 +39,19 @@ def run_dir() -> str:
     return os.environ.get("LOCKFS_RUN_DIR") or DEFAULT_RUN_DIR
 
 
+def journal_path(path: str, mount_id: str) -> str:
+    """Return where the daemon of a mount keeps what its successor has to know; *path* is the run directory."""
+    return os.path.join(path, "mounts", f"{mount_id}.journal")
+
+
+def remove_journal(path: str, mount_id: str) -> None:
+    """Remove the journal of a mount that is gone."""
+    journal = journal_path(path, mount_id)
+    for each in (journal, f"{journal}.new"):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(each)
+
+
 def prepare_run_dir(path: str) -> None:
     """Make the run directory if it is missing.
 
@@ -101,7 +114,12 @@ def ensure_lockd(path: str) -> None:
         return
     with _start_lock(path):
         if not is_running(path):
-            _start(path)
+            try:
+                _start(path)
+            except SystemError_:
+                # Somebody may have begun to start one, and died.
+                if not is_running(path):
+                    raise
 
 
 @contextlib.contextmanager

@@ -18,8 +18,8 @@ import trio
 
 from lockfs.protocol.varlink import ProtocolError, Splitter
 
-MAX_FDS = 8
-"""Descriptors of one message; no call or reply has more than three."""
+MAX_FDS = 250
+"""Descriptors of one message.  The kernel takes 253 (SCM_MAX_FD); only a hand-over has more than three."""
 CHUNK = 1 << 16
 
 

@@ -14,11 +14,11 @@ from random import Random
 from typing import Any
 
 import google_crc32c
+from lockfs_paxos_lease.engine.actions import Area, DiskError, Read, Sleep, Write
+
 from sim.checker import Checker, Session
 from sim.station import SPACE, Counts, Habits
 from sim.world import SECTOR, Machine, World
-
-from lockfs_paxos_lease.engine.actions import Area, DiskError, Read, Sleep, Write
 
 WATCHDOG = 60
 GRACE = 40

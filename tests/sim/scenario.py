@@ -7,13 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from random import Random
 
+from lockfs_paxos_lease.engine.timing import Timing
+from lockfs_paxos_lease.format.fresh import fresh_lease, fresh_lockspace
+
 from sim.checker import Checker, Violation
 from sim.reference import Reference
 from sim.station import GEOMETRY, SPACE, Counts, Habits, Station
 from sim.world import NEVER, SECTOR, SECTORS, Weather, World
-
-from lockfs_paxos_lease.engine.timing import Timing
-from lockfs_paxos_lease.format.fresh import fresh_lease, fresh_lockspace
 
 DRIFT = 0.03
 """Clocks of hosts are that much too fast or too slow, at most."""

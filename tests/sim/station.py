@@ -11,15 +11,15 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
-from sim.checker import Checker, Session
-from sim.world import Machine, World
-
 from lockfs_paxos_lease.engine.actions import Sleep
 from lockfs_paxos_lease.engine.errors import BadArea, Clash, EngineError, Held, Lost, StorageTrouble
 from lockfs_paxos_lease.engine.lease import Lease, Mode
 from lockfs_paxos_lease.engine.membership import Membership
 from lockfs_paxos_lease.engine.timing import Timing
 from lockfs_paxos_lease.format.size import Geometry
+
+from sim.checker import Checker, Session
+from sim.world import Machine, World
 
 SPACE = b"simulated"
 GEOMETRY = Geometry()

@@ -32,7 +32,7 @@ class LeaseHost:
             self.process = subprocess.Popen(
                 [sys.executable, __file__, *arguments],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
-                env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
             )  # fmt: skip
         try:
             self._answer()

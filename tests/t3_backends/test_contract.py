@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import trio
 from t3_backends.stations import Open, Station
 
-from lockfs.backend import Busy, Grant, Mode
+from lockfs.backend import Busy, Grant, GrantLost, Image, Mode
 
 EXCLUSIVE, SHARED = Mode.EXCLUSIVE, Mode.SHARED
 
@@ -127,6 +130,80 @@ async def test_a_release_ends_it_also_for_those_who_keep_it(a: Station, b: Stati
     await b.release(await b.acquire())
     for fd in kept:
         os.close(fd)
+
+
+@asynccontextmanager
+async def successor(station: Station, open_host: Open, grant: Grant) -> AsyncIterator[tuple[Station, Image, list[int]]]:
+    """The next lockd of a host, with the descriptors that a mount has kept; the first one's are gone with it."""
+    fds = [os.dup(fd) for fd in (grant.image.fd, *grant.keep)]
+    os.close(grant.image.fd)
+    station.fds.remove(grant.image.fd)
+    for fd in grant.keep:
+        os.close(fd)
+    async with open_host(station.host) as made:
+        made.fds.append(fds[0])
+        yield made, replace(grant.image, fd=fds[0]), fds[1:]
+
+
+@pytest.mark.parametrize("mode", list(Mode))
+async def test_a_successor_takes_a_lock_up(a: Station, b: Station, open_host: Open, mode: Mode) -> None:
+    grant = await a.acquire(mode)
+    async with successor(a, open_host, grant) as (heir, image, keep):
+        adopted = await heir.backend.adopt(image, mode, heir.holder(mode), keep, grant.token)
+        assert (adopted.mode, adopted.token) == (mode, grant.token)
+        await refused(b)
+        assert (await b.holder_seen()) == a.holder(mode)
+        await heir.release(adopted)
+        await b.release(await b.acquire())
+
+
+async def test_what_was_taken_up_can_be_changed(a: Station, b: Station, open_host: Open) -> None:
+    grant = await a.acquire(EXCLUSIVE)
+    async with successor(a, open_host, grant) as (heir, image, keep):
+        adopted = await heir.backend.adopt(image, EXCLUSIVE, heir.holder(EXCLUSIVE), keep, grant.token)
+        await heir.backend.convert(adopted, SHARED, heir.holder(SHARED))
+        await b.release(await b.acquire(SHARED))
+        await heir.backend.convert(adopted, EXCLUSIVE, heir.holder(EXCLUSIVE))
+        await refused(b, SHARED)
+        await heir.release(adopted)
+
+
+async def test_a_stronger_lock_than_is_wanted_is_taken_up_as_it_is(a: Station, open_host: Open) -> None:
+    grant = await a.acquire(EXCLUSIVE)
+    async with successor(a, open_host, grant) as (heir, image, keep):
+        adopted = await heir.backend.adopt(image, SHARED, heir.holder(SHARED), keep, grant.token)
+        assert adopted.mode is EXCLUSIVE
+        await heir.release(adopted)
+
+
+async def test_a_lock_that_is_gone_is_not_taken_again(a: Station, b: Station, open_host: Open) -> None:
+    """Whether or not somebody else has had it meanwhile, or has it now."""
+    grant = await a.acquire()
+    async with successor(a, open_host, grant) as (heir, image, keep):
+        adopted = await heir.backend.adopt(image, EXCLUSIVE, heir.holder(EXCLUSIVE), keep, grant.token)
+        kept = [os.dup(fd) for fd in keep]
+        await heir.release(adopted)
+        others: list[Grant | None] = [None, await b.acquire()]
+        for other in reversed(others):
+            for mode in Mode:
+                with pytest.raises(GrantLost):
+                    await heir.backend.adopt(image, mode, heir.holder(mode), kept, grant.token)
+            if other is not None:
+                await b.release(other)
+        for fd in kept:
+            os.close(fd)
+        await b.release(await b.acquire())
+
+
+async def test_a_weaker_lock_than_was_held_is_lost(a: Station, b: Station, open_host: Open) -> None:
+    grant = await a.acquire(SHARED)
+    other = await b.acquire(SHARED)
+    async with successor(a, open_host, grant) as (heir, image, keep):
+        with pytest.raises(GrantLost):
+            await heir.backend.adopt(image, EXCLUSIVE, heir.holder(EXCLUSIVE), keep, grant.token)
+        adopted = await heir.backend.adopt(image, SHARED, heir.holder(SHARED), keep, grant.token)
+        await heir.release(adopted)
+        await b.release(other)
 
 
 async def test_nothing_is_left_on_the_share(open_host: Open, storage: Path, lockspace: Path, way: str) -> None:

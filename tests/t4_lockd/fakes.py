@@ -135,7 +135,7 @@ class Lab:
         return Share(DEV, 1, source, "fake", {}, top, backend, storage)
 
     def mount(self, share: Share, name: str) -> Mounted:
-        mounted = Mounted(name, messages.Mount(share.source, f"/mnt/{name}", "ext4", {}, "fake"), 1, share)
+        mounted = Mounted(name, messages.Mount(share.source, f"/mnt/{name}", "ext4", {}, "fake"), 1, share, share.top)
         share.mounts[name] = mounted
         return mounted
 

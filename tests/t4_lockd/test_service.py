@@ -350,7 +350,7 @@ def garbage() -> dict[str, tuple[bytes, int]]:
         ),
         "too long": (b"x" * (MESSAGE_LIMIT + 1), 0),
         "deep": (b'{"method": "a.b", "parameters": ' + b"[" * 100_000 + b"\0", 0),
-        "too many descriptors": (status, 20),
+        "too many descriptors": (status, 251),
         "pipelined descriptors": (status + status, 1),
         "a list that ended nowhere": (b'{"method": "io.lockfs.Lockd.ListLocks", "parameters": {"after": "x"}}\0', 0),
         "no method of the service": (b'{"method": "org.varlink.service.GetInterfaceDescription"}\0', 0),

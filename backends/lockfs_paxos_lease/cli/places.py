@@ -103,7 +103,7 @@ def areas(place: Place) -> Iterator[Area]:
 def _all_areas(file: DiskFile, path: bytes, size: int) -> Iterator[Area]:
     """Yield area after area; the first one with nothing known ends it, but where an index says that there are more."""
     offset, last, guess = 0, 0, DEFAULT
-    while offset < size:
+    while offset < size and (size - offset >= PROBE or not offset):
         area = read_area(file, path, offset, size, guess)
         guess = area.geometry
         if area.kind is Kind.INDEX:

@@ -26,7 +26,7 @@ START_PATIENCE = 7.0
 """Seconds that a mount waits for the end of a join, which may take minutes; it then goes on in the background."""
 LOOK = 1.0
 """Seconds between two looks at the lockspace, as often as the daemon itself looks."""
-AGAIN = 5.0
+AGAIN = 2.0
 """Seconds between two attempts to join."""
 ATTEMPTS = 8
 """Free host ids that are tried: each failure means that another host was faster by a moment."""
