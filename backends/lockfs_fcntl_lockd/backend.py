@@ -17,7 +17,7 @@ from typing import TypeVar
 import trio
 
 from lockfs import text
-from lockfs.backend import UNKNOWN_HOST, Busy, Context, Grant, GrantLost, Holder, Host, Image, Mode
+from lockfs.backend import UNKNOWN_HOST, Busy, Context, Denied, Grant, GrantLost, Holder, Host, Image, Mode
 from lockfs.cards import Cards
 from lockfs.errors import MountError
 from lockfs.linux import mountinfo, ofd
@@ -163,7 +163,14 @@ class FcntlBackend:
 
     async def hosts(self) -> Sequence[Host]:
         """Locks have no list of hosts: this one is known."""
-        return [Host(self._context.host, "live", time.time())]
+        return [Host(self._context.host, "live", time.time(), here=True)]
+
+    async def confirm_dead(self, host: str) -> str:
+        """The filesystem alone says when the locks of a host are free."""
+        raise Denied(
+            "the backend fcntl-lockd does not judge whether hosts live",
+            hint="The shared filesystem frees the locks of a host that died: see what its server says.",
+        )
 
     async def lost(self) -> AsyncIterator[Grant]:
         """Nothing tells that a filesystem has dropped a lock."""
@@ -171,6 +178,9 @@ class FcntlBackend:
         nothing: Sequence[Grant] = ()
         for grant in nothing:
             yield grant
+
+    async def fenced(self, grant: Grant) -> None:
+        """Nothing is ever lost."""
 
     # In threads ------------------------------------------------------------------------------
 

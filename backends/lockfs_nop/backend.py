@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Sequence
 
 import trio
 
-from lockfs.backend import Context, Grant, Holder, Host, Image, Mode
+from lockfs.backend import Context, Denied, Grant, Holder, Host, Image, Mode
 
 
 class NopBackend:
@@ -50,9 +50,16 @@ class NopBackend:
         """No other host is known."""
         return ()
 
+    async def confirm_dead(self, host: str) -> str:
+        """No host is judged."""
+        raise Denied("the backend nop does not judge whether hosts live", hint="It keeps nobody out.")
+
     async def lost(self) -> AsyncIterator[Grant]:
         """What is never kept is never lost."""
         await self._stopped.wait()
         nothing: Sequence[Grant] = ()
         for grant in nothing:
             yield grant
+
+    async def fenced(self, grant: Grant) -> None:
+        """Nothing is ever lost."""

@@ -9,6 +9,7 @@ Invariants:
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from typing import TypeVar
 import trio
 
 from lockfs import text
-from lockfs.backend import UNKNOWN_HOST, Busy, Context, Grant, GrantLost, Holder, Host, Image, Mode
+from lockfs.backend import UNKNOWN_HOST, Busy, Context, Denied, Grant, GrantLost, Holder, Host, Image, Mode
 from lockfs.cards import Cards
 from lockfs.errors import LockUnavailable
 from lockfs_paxos_lease import driver, identity, lockspace, viewing
@@ -27,12 +28,13 @@ from lockfs_paxos_lease.disk.file import Disks, Storage
 from lockfs_paxos_lease.disk.lane import Lane, Overdue
 from lockfs_paxos_lease.engine import lease as engine
 from lockfs_paxos_lease.engine import requests
-from lockfs_paxos_lease.engine.errors import AGAIN, EngineError, Held
+from lockfs_paxos_lease.engine.errors import AGAIN, Clash, EngineError, Held
 from lockfs_paxos_lease.engine.membership import Membership
 from lockfs_paxos_lease.engine.timing import DEFAULT_IO_TIMEOUT, Timing
 from lockfs_paxos_lease.errors import explained
 from lockfs_paxos_lease.naming import lease_name
 from lockfs_paxos_lease.place import Place, hosts_of
+from lockfs_paxos_lease.san.volume import LeaseVolume
 
 CARD_TIMEOUT = 2.0
 """Seconds for a card, on which nothing depends."""
@@ -64,16 +66,18 @@ class PaxosBackend:
         self._context = context
         self._source = text.from_bytes(context.source)
         self._timing = _timing(options["takeover"], options["io_timeout"])
-        self._place: Place = LeaseDirectory(
-            storage or Disks(context.fstype), driver.boottime, self._timing, context.source_fd, self._source,
-            str(options["leases"]),
-        )  # fmt: skip
+        self._place = self._find_place(storage or Disks(context.fstype), str(options["leases"]))
         self._cards = Cards(context.source_fd, self._source, f"{context.host}\0{context.run_dir}")
         self._card_lane = Lane(CARD_THREADS)
         self._random = random.SystemRandom()
         self._held: dict[str, _Held] = {}
         self._lockspace: lockspace.Lockspace | None = None
         self._tell_lost, self._lost = trio.open_memory_channel[Grant](float("inf"))
+
+    def _find_place(self, storage: Storage, leases: str) -> Place:
+        if leases and not os.path.isdir(leases):
+            return LeaseVolume(storage, driver.boottime, self._timing, leases, lambda: self._joined)
+        return LeaseDirectory(storage, driver.boottime, self._timing, self._context.source_fd, self._source, leases)
 
     # Its life --------------------------------------------------------------------------------
 
@@ -255,10 +259,30 @@ class PaxosBackend:
         """List the hosts that were ever seen in the lockspace."""
         return viewing.hosts(self._joined.membership())
 
+    async def confirm_dead(self, host: str) -> str:
+        """Watch the host for somewhat more than a renewal; then what it held may be taken."""
+        joined = self._joined
+        membership = joined.membership()
+        host_id = viewing.number_of(membership, host)
+        slot = membership.hosts.slot(host_id)
+        name = identity.shown(slot.name) if slot is not None else host
+        if host_id == membership.host_id:
+            raise Denied(f"host '{host}' is this one, and it lives")
+        with explained(f"look whether {name} lives", self._place.where):
+            try:
+                await joined.run(membership.confirm_dead(host_id))
+            except Clash as error:
+                hint = "Stop lockfs there, or cut its power or its path to the storage; its leases then run out."
+                raise Denied(error.message, hint=hint) from None
+        return name
+
     async def lost(self) -> AsyncIterator[Grant]:
         """Yield each grant that is no longer safe."""
         async for grant in self._lost:
             yield grant
+
+    async def fenced(self, grant: Grant) -> None:
+        """The lease runs out by itself."""
 
     # The lockspace's side --------------------------------------------------------------------
 

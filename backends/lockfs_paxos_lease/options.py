@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lockfs.options import Option, absolute_path
+from lockfs.options import Option, absolute_path, one_of
 
 SANLOCK = "sanlock"
 MAX_HOST_ID = 2000
@@ -45,9 +45,14 @@ def _io_timeout(text: str) -> int:
     raise ValueError("a whole number of seconds from 1 to 255")
 
 
+ENGINES = ("own", SANLOCK)
+
 OPTIONS: Sequence[Option] = (
-    Option("leases", _leases, "", "DIR",
-           "directory on shared storage for the leases; by default SOURCE/.lockfs/leases"),
+    Option("engine", one_of(*ENGINES), "own", "|".join(ENGINES),
+           "who handles the leases: lockfs itself, or this host's sanlock daemon, which goes by takeover=sanlock"),
+    Option("leases", _leases, "", "DIR|DEVICE",
+           "directory on shared storage for the leases, or a volume that `lockfs lease format --index` has made; "
+           "by default SOURCE/.lockfs/leases"),
     Option("host_id", _host_id, "auto", "auto|N",
            "number of this host among those that share the leases; auto finds the one that it had, or a free one"),
     Option("takeover", _takeover, "16", "SECONDS|sanlock",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from lockfs.backend import Host
+from lockfs.backend import Denied, Host
 from lockfs_paxos_lease import identity
 from lockfs_paxos_lease.engine.hosts import State
 from lockfs_paxos_lease.engine.membership import Membership
@@ -30,5 +30,22 @@ def hosts(membership: Membership) -> list[Host]:
         if slot.bad:
             state = "failing"
         detail = f"host id {host_id}, generation {slot.generation}" + (", its record is damaged" if slot.bad else "")
-        found.append(Host(identity.shown(slot.name), state, wall - (now - slot.last_live), detail))
+        seen, here = wall - (now - slot.last_live), host_id == membership.host_id
+        found.append(Host(identity.shown(slot.name), state, seen, detail, host_id, here))
     return found
+
+
+def number_of(membership: Membership, host: str) -> int:
+    """Return the host id of a host that is named by its name or that number.  Raises `Denied`."""
+    shown = {}
+    for host_id in membership.hosts.known():
+        slot = membership.hosts.slot(host_id)
+        if slot is not None:
+            shown[host_id] = identity.shown(slot.name)
+    found = [host_id for host_id, name in shown.items() if host in (name, str(host_id))]
+    if len(found) == 1:
+        return found[0]
+    hint = "`lockfs hosts` lists them."
+    if found:
+        raise Denied(f"more than one host is called '{host}': {', '.join(map(str, found))}", hint=f"Say which. {hint}")
+    raise Denied(f"there is no host '{host}'", hint=hint)

@@ -10,13 +10,32 @@ import trio
 
 from lockfs.errors import LockUnavailable, UsageError
 from lockfs.protocol.client import LockdClient
-from lockfs.protocol.messages import Fence, Fenced, FenceResult, FenceTarget, GetStatus, LockInfo, Status
+from lockfs.protocol.messages import (
+    ConfirmDead,
+    ConfirmedDead,
+    Fence,
+    Fenced,
+    FenceResult,
+    FenceTarget,
+    GetStatus,
+    HostList,
+    Hosts,
+    LockInfo,
+    Status,
+)
 from lockfs.protocol.start import is_running
 
 TIMEOUT = 10.0
 """Seconds for lockd to answer a question that needs no storage."""
 FENCE_TIMEOUT = 60.0
 """Seconds for a fence, which takes one or two; also of thousands of images on a host in trouble."""
+
+STORAGE_ANSWER_TIMEOUT = 20.0
+"""Seconds for a question that needs storage, for which lockd itself waits no longer than ten."""
+CONFIRM_TIMEOUT = 600.0
+"""Seconds for lockd to see whether a host lives that is said to be dead: one and a half of its renewals, with sanlock's
+longest io_timeout somewhat less than 800; nobody uses that.
+"""
 
 T = TypeVar("T")
 
@@ -42,6 +61,26 @@ def fence(run_dir: str, images: Sequence[FenceTarget], reason: str) -> list[Fenc
     if results is None:
         raise LockUnavailable(f"no lockd is running in {run_dir}")
     return results
+
+
+def hosts(run_dir: str) -> HostList | None:
+    """Return the hosts that share locks with this one, or None if no lockd runs.  Raises `LockfsError`."""
+
+    async def ask(client: LockdClient) -> HostList:
+        found, _ = await client.call(Hosts(), HostList)
+        return found
+
+    return _ask(run_dir, ask, STORAGE_ANSWER_TIMEOUT)
+
+
+def confirm_dead(run_dir: str, host: str, source: str, reason: str) -> ConfirmedDead | None:
+    """Tell lockd that a host is dead; None if none runs.  Raises `LockfsError`."""
+
+    async def ask(client: LockdClient) -> ConfirmedDead:
+        done, _ = await client.call(ConfirmDead(host, source, reason), ConfirmedDead)
+        return done
+
+    return _ask(run_dir, ask, CONFIRM_TIMEOUT)
 
 
 async def _status(client: LockdClient) -> Status:

@@ -81,6 +81,10 @@ class Shares:
             raise UnknownMount(mount_id)
         return mounted
 
+    def all(self) -> list[Share]:
+        """Return the shares that are open."""
+        return list(self._shares.values())
+
     def is_back(self, mount_id: str) -> bool:
         """Say whether a mount of the last lockd has come back."""
         there = self.mounts.get(mount_id)
