@@ -322,12 +322,24 @@ class PaxosBackend:
 
     async def _holder(self, image: Image, host_id: int, mode: Mode) -> Holder:
         """Name a holder: the record of its host says the host, a card of that host the rest."""
-        slot = self._joined.membership().hosts.slot(host_id)
-        host = identity.shown(slot.name) if slot is not None else ""
+        host = await self._host_name(host_id)
         card = await self._card(lambda: self._cards.read(image.ino))
         if card is not None and (not host or card.host.startswith(host)):
             return replace(card, mode=mode)
         return Holder(host or (f"with id {host_id}" if host_id else UNKNOWN_HOST), mode)
+
+    async def _host_name(self, host_id: int) -> str:
+        """Return what a host calls itself; empty if that is not known."""
+        membership = self._joined.membership()
+        slot = membership.hosts.slot(host_id)
+        if slot is not None:
+            return identity.shown(slot.name)
+        try:
+            # It has joined since the last look at all of them.
+            record = await self._joined.run(membership.read_host(host_id)) if host_id else None
+        except EngineError:
+            return ""
+        return identity.shown(record.resource_name) if record is not None else ""
 
     async def _card(self, work: Callable[[], T]) -> T | None:
         """Do something with the cards; no lock depends on it."""

@@ -285,3 +285,29 @@ async def test_files_of_leases_appear_whole_whoever_makes_them(host: Open, stora
     leases = storage / ".lockfs" / "leases"
     assert sorted(path.suffix for path in leases.iterdir()) == ["", *[".lease"] * 10]
     assert {path.stat().st_size for path in leases.iterdir()} == {1 << 20}
+
+
+async def test_two_shares_of_one_host_use_the_same_leases(host: Open, storage: Path, tmp_path: Path) -> None:
+    """They are one host to the others, and exclude each other where their names for images meet."""
+    leases, other = tmp_path / "leases", tmp_path / "other"
+    leases.mkdir()
+    other.mkdir()
+    options = {"leases": str(leases), "key": "path"}
+    async with host("host-b", **options) as (b, _), host("host-a", **options) as (a, _):
+        async with host("host-a", other, **options) as (second, _):
+            assert sorted(each.name for each in await second.backend.hosts()) == ["host-a", "host-b"]
+            grant = await second.acquire(name="one")
+            with pytest.raises(Busy, match="host-a"):
+                await b.acquire(name="one")
+            with pytest.raises(Busy, match="host-a"):
+                await a.acquire(name="one")
+            await a.release(await a.acquire(name="two"))
+            await second.release(grant)
+        # The lockspace is not left as long as one of them uses it.
+        grant = await a.acquire(name="one")
+        with pytest.raises(Busy, match="host-a"):
+            await b.acquire(name="one")
+        await a.release(grant)
+        with pytest.raises(MountError, match="another takeover=, io_timeout= or host_id="):
+            async with host("host-a", other, **{**options, "host_id": "9"}):
+                pass
