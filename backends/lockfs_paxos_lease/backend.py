@@ -54,6 +54,7 @@ class _Held:
     mode: Mode
     grant: Grant | None = None
     lost: bool = False
+    fenced: bool = False
 
 
 class PaxosBackend:
@@ -89,7 +90,7 @@ class PaxosBackend:
             host_id = self._context.options["host_id"]
             self._lockspace = await lockspace.enter(
                 self, self._place, space, self._timing, driver.boottime, self._context.host, self._context.run_dir,
-                host_id if isinstance(host_id, int) else 0,
+                host_id if isinstance(host_id, int) else 0, str(self._context.options["watchdog"]),
             )  # fmt: skip
         except BaseException:
             with trio.CancelScope(shield=True):
@@ -282,9 +283,17 @@ class PaxosBackend:
             yield grant
 
     async def fenced(self, grant: Grant) -> None:
-        """The lease runs out by itself."""
+        """Take note: the lease runs out by itself, but a watchdog must not reset the host for it."""
+        held = self._held.get(self._name(grant.image))
+        if held is not None and held.grant is grant and held.lost:
+            held.fenced = True
 
     # The lockspace's side --------------------------------------------------------------------
+
+    @property
+    def at_stake(self) -> bool:
+        """True while there is a lease in use that is not both lost and fenced."""
+        return any(not held.fenced for held in self._held.values())
 
     def lose(self, reason: str) -> None:
         """Tell all grants lost, each once."""

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Protocol, TypeVar
 
 import trio
 
 from lockfs.errors import LockUnavailable, MountError
-from lockfs_paxos_lease import driver, identity
+from lockfs_paxos_lease import driver, identity, watchdog
 from lockfs_paxos_lease.claim import Claim
 from lockfs_paxos_lease.disk.area import AreaIO
 from lockfs_paxos_lease.engine.actions import Area, Clock, Operation
@@ -26,6 +27,7 @@ from lockfs_paxos_lease.engine.membership import Membership, Renewal
 from lockfs_paxos_lease.engine.timing import Timing
 from lockfs_paxos_lease.place import Place, Space
 from lockfs_paxos_lease.state import StateFile
+from lockfs_paxos_lease.watchdog import Watchdog
 
 FENCE_LEAD = 1.0
 """Seconds before L at which grants are told lost: time for the fence."""
@@ -47,13 +49,18 @@ class Member(Protocol):
     def lose(self, reason: str) -> None:
         """Tell all grants lost."""
 
+    @property
+    def at_stake(self) -> bool:
+        """True while there is a lease in use that is not both lost and fenced."""
+
 
 class Lockspace:
     """See the module.  *wanted* is the host id to have, 0 for any."""
 
     def __init__(
-        self, place: Place, space: Space, timing: Timing, clock: Clock, host: str, run_dir: str, wanted: int
-    ) -> None:
+        self, place: Place, space: Space, timing: Timing, clock: Clock, host: str, run_dir: str, wanted: int,
+        watchdog_path: str,
+    ) -> None:  # fmt: skip
         self.space = space
         self.timing = timing
         self.wanted = wanted
@@ -74,6 +81,8 @@ class Lockspace:
         """The names of leases that members have in use: one lease serves one image of this host."""
         self.left: set[str] = set()
         """What the last lockd of this incarnation had, and nobody has taken up yet."""
+        self.watchdog_path = watchdog_path
+        self._watchdog: Watchdog | None = None
         self._was_member = False
         self._joined = trio.Event()
         self._failed: EngineError | None = None
@@ -108,6 +117,7 @@ class Lockspace:
             )
 
     def _begin(self) -> None:
+        self._watchdog = watchdog.on(self.watchdog_path, self.timing)
         try:
             self._boot = identity.boot_id()
             if self._state.lock():
@@ -146,16 +156,21 @@ class Lockspace:
         """Be a member for ever.  As a system task it must not raise."""
         try:
             with self._scope:
-                while True:
-                    try:
-                        await self._be_a_member()
-                    except Exception:
-                        log.exception("%s: keeping the lease of this host failed", self._place.where)
-                        self._membership = None
-                        self._lose_all("keeping the lease of this host failed in an unexpected way")
-                        await trio.sleep(self.timing.renewal)
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._look_at_watchdog)
+                    await self._be_a_member_for_ever()
         finally:
             self._ended.set()
+
+    async def _be_a_member_for_ever(self) -> None:
+        while True:
+            try:
+                await self._be_a_member()
+            except Exception:
+                log.exception("%s: keeping the lease of this host failed", self._place.where)
+                self._membership = None
+                self._lose_all("keeping the lease of this host failed in an unexpected way")
+                await trio.sleep(self.timing.renewal)
 
     async def _be_a_member(self) -> None:
         try:
@@ -197,6 +212,8 @@ class Lockspace:
         if membership is None:
             membership = await claim.make(idle=idle)
         await self._save(membership)
+        if self.left and self._watchdog is not None:
+            self._on_watchdog(self._watchdog.arm)
         # The look at the others that comes with it is what tells the living from the dead.
         self.renewal = await self.run(membership.renew())
         self._was_member = True
@@ -217,7 +234,7 @@ class Lockspace:
         try:
             await trio.to_thread.run_sync(work)
         except OSError as error:
-            raise StorageTrouble(-(error.errno or 0), f"cannot write down what this host holds: {error}") from error
+            raise StorageTrouble(-(error.errno or 0), f"cannot note what this host holds: {error}") from error
 
     async def _renew(self, membership: Membership) -> None:
         """Renew until the membership is lost."""
@@ -238,6 +255,8 @@ class Lockspace:
                     )  # fmt: skip
                 failing = True
                 continue
+            if self._watchdog is not None:
+                self._on_watchdog(partial(self._watchdog.renewed, self._clock() - membership.last_success))
             if failing:
                 log.info("%s: the lease of this host is renewed again", self._place.where)
             failing = False
@@ -260,6 +279,20 @@ class Lockspace:
                 age = self._clock() - told
                 self._lose_all(f"this host's lease was not renewed for {age:.1f} s: the storage does not answer")
             await trio.sleep(min(max(left, self.timing.poll / 4), WATCH))
+
+    async def _look_at_watchdog(self) -> None:
+        while True:
+            if self._watchdog is not None:
+                holding = bool(self.in_use or self.left)
+                at_stake = bool(self.left) or any(member.at_stake for member in self.members)
+                self._on_watchdog(partial(self._watchdog.look, holding=holding, at_stake=at_stake))
+            await trio.sleep(WATCH)
+
+    def _on_watchdog(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except OSError as error:
+            log.error("the watchdog %s fails: %s", self.watchdog_path, error.strerror)
 
     @property
     def _lead(self) -> float:
@@ -292,8 +325,14 @@ class Lockspace:
         return await driver.run(operation, areas)
 
     async def note(self, name: str) -> None:
-        """Write down that a lease is about to be taken.  Raises `StorageTrouble`."""
-        await self._written(lambda: self._state.note(name))
+        """Write down that a lease is about to be taken, and arm the watchdog.  Raises `StorageTrouble`."""
+
+        def note() -> None:
+            if self._watchdog is not None:
+                self._watchdog.arm()
+            self._state.note(name)
+
+        await self._written(note)
 
     async def drop(self, name: str) -> None:
         """Write down that a lease was given back."""
@@ -308,8 +347,9 @@ _gates: dict[tuple[str, tuple[int, int, int]], trio.Lock] = {}
 
 
 async def enter(
-    member: Member, place: Place, space: Space, timing: Timing, clock: Clock, host: str, run_dir: str, wanted: int
-) -> Lockspace:
+    member: Member, place: Place, space: Space, timing: Timing, clock: Clock, host: str, run_dir: str, wanted: int,
+    watchdog_path: str,
+) -> Lockspace:  # fmt: skip
     """Return the lockspace, joined by this host for this member and for all others that use the same.
 
     Raises `MountError`, `LockUnavailable`.
@@ -318,12 +358,13 @@ async def enter(
     async with _gates.setdefault(key, trio.Lock()):
         lockspace = _open.get(key)
         if lockspace is None:
-            lockspace = Lockspace(place, space, timing, clock, host, run_dir, wanted)
+            lockspace = Lockspace(place, space, timing, clock, host, run_dir, wanted, watchdog_path)
             await lockspace.start()
             _open[key] = lockspace
-        elif (lockspace.timing, lockspace.wanted) != (timing, wanted):
+        elif (lockspace.timing, lockspace.wanted, lockspace.watchdog_path) != (timing, wanted, watchdog_path):
             raise MountError(
-                f"the leases in {place.where} are used on this host with another takeover=, io_timeout= or host_id=",
+                f"the leases in {place.where} are used on this host with another takeover=, io_timeout=, host_id= or "
+                "watchdog=",
                 hint="All mounts of one host that share leases must agree on these.",
             )
         lockspace.members.append(member)

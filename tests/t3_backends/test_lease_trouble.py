@@ -13,6 +13,8 @@ import pytest
 import trio
 from lockfs_paxos_lease.backend import PaxosBackend
 from lockfs_paxos_lease.driver import boottime
+from lockfs_paxos_lease.engine.timing import Timing
+from lockfs_paxos_lease.watchdog import Watchdog
 from t3_backends.lease_storage import Trouble
 from t3_backends.stations import Station, station
 
@@ -231,7 +233,7 @@ async def test_who_gives_up_an_acquire_holds_nothing(host: Open) -> None:
 
 
 async def test_a_share_that_cannot_be_written_to_is_not_mounted(host: Open, storage: Path) -> None:
-    with pytest.raises(MountError, match="no leases can be kept in"):
+    with pytest.raises(MountError, match="no leases can be kept"):
         async with host("host-a", leases=str(storage / "missing")):
             pass
 
@@ -308,6 +310,51 @@ async def test_two_shares_of_one_host_use_the_same_leases(host: Open, storage: P
         with pytest.raises(Busy, match="host-a"):
             await b.acquire(name="one")
         await a.release(grant)
-        with pytest.raises(MountError, match="another takeover=, io_timeout= or host_id="):
+        with pytest.raises(MountError, match="another takeover=, io_timeout=, host_id= or watchdog="):
             async with host("host-a", other, **{**options, "host_id": "9"}):
                 pass
+
+
+class FakeWatchdog:
+    """A watchdog on paper, which says when it was fed."""
+
+    def __init__(self) -> None:
+        self.armed = False
+        self.fed: list[float] = []
+
+    def arm(self, timeout: int) -> None:
+        self.armed = True
+
+    def feed(self) -> None:
+        self.fed.append(boottime())
+
+    def disarm(self) -> bool:
+        self.armed = False
+        return True
+
+
+async def test_a_watchdog_is_fed_while_renewals_work_and_again_when_all_is_fenced(host: Open) -> None:
+    async with host("host-a") as (a, trouble):
+        device, backend = FakeWatchdog(), a.backend
+        assert isinstance(backend, PaxosBackend)
+        backend._joined._watchdog = Watchdog(device, Timing.own(TAKEOVER))
+        grant = await a.acquire()
+        assert device.armed
+        with trio.fail_after(LATER):
+            while len(device.fed) < 2:
+                await trio.sleep(0.05)
+        trouble.hangs = lambda what, path: True
+        lost, at = await next_loss(a)
+        assert all(each < at for each in device.fed)
+        before = len(device.fed)
+        await trio.sleep(1)
+        assert len(device.fed) == before, "fed although nobody knows whether it is fenced"
+        await backend.fenced(lost)
+        with trio.fail_after(LATER):
+            while len(device.fed) < before + 2:
+                await trio.sleep(0.05)
+        trouble.heal()
+        await a.release(grant)
+        with trio.fail_after(LATER):
+            while device.armed:
+                await trio.sleep(0.05)
