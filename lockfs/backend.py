@@ -182,7 +182,14 @@ class Backend(Protocol):
         return the grant, and tell by `lost` if it turns out not to be safe.
 
         What the last lockd was granted and nobody takes up is free: locks in descriptors are gone with these; a backend
-        that has written them to the storage gives them back when `acquire` is called next, or sooner.
+        that has written them to the storage gives them back when `acquire` is called next, or by `inherit`.
+        """
+
+    async def inherit(self) -> None:
+        """Take note that all has been taken up of what the last lockd of this host was granted and is still in use.
+
+        The rest is free: a backend that has written it to the storage gives it back now.  Not called where lockd cannot
+        know for sure.
         """
 
     async def convert(self, grant: Grant, mode: Mode, holder: Holder) -> None:

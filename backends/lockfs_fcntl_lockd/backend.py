@@ -122,6 +122,9 @@ class FcntlBackend:
 
         return await self._storage("look at the lock on", image, work)
 
+    async def inherit(self) -> None:
+        """Locks in descriptors are gone with these."""
+
     async def convert(self, grant: Grant, mode: Mode, holder: Holder) -> None:
         """Change the lock in one step: nobody gets in between."""
 

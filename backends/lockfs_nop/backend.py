@@ -32,6 +32,9 @@ class NopBackend:
         """Grant it: what is never kept is always there."""
         return Grant(image, mode)
 
+    async def inherit(self) -> None:
+        """Nothing is ever kept."""
+
     async def convert(self, grant: Grant, mode: Mode, holder: Holder) -> None:
         """Grant it in the other mode."""
         grant.mode = mode

@@ -115,15 +115,16 @@ class PaxosBackend:
     async def acquire(self, image: Image, mode: Mode, holder: Holder) -> Grant:
         """Take the lease of the image; then leave the card, so that it is there before anybody else is refused."""
         joined, membership, name = self._joined, self._joined.membership(), self._name(image)
-        if name in self._held:
+        if name in joined.in_use:
             # Not the same image, which lockd would know, but one that has the same name: on another filesystem below
             # the source, say.
-            raise Busy(await self._holder(image, membership.host_id, self._held[name].mode))
+            mode = self._held[name].mode if name in self._held else Mode.EXCLUSIVE
+            raise Busy(await self._holder(image, membership.host_id, mode))
         area = await self._place.find_or_create(name)
-        held = self._held[name] = _Held(name, self._lease(name, membership), area, mode)
+        held = self._use(name, membership, area, mode)
         try:
             with explained(f"lock {text.from_bytes(image.path)}", area.where):
-                await joined.note_holding(membership)
+                await joined.note(name)
                 token = await joined.run(held.lease.acquire(_MODES[mode]), area)
         except BaseException as error:
             with trio.CancelScope(shield=True):
@@ -142,15 +143,15 @@ class PaxosBackend:
         if joined.broken:
             raise GrantLost(f"the lease on {path} has run out: the last lockd's lease was not taken up in time")
         membership = joined.membership()
-        if name in self._held:
+        if name in joined.in_use:
             raise LockUnavailable(f"the lease on {path} is in use already")
         area = await self._place.find(name)
         if area is None:
             raise GrantLost(f"the lease on {path} is not there any more")
-        held = self._held[name] = _Held(name, self._lease(name, membership), area, mode)
+        held = self._use(name, membership, area, mode)
         try:
             with explained(f"look at the lock on {path}", area.where):
-                await joined.note_holding(membership)
+                await joined.note(name)
                 found = await joined.run(held.lease.adopt(), area)
             has = Mode.SHARED if found is engine.Mode.SHARED else Mode.EXCLUSIVE
             if found is None or (has is Mode.SHARED and mode is Mode.EXCLUSIVE):
@@ -165,6 +166,25 @@ class PaxosBackend:
         held.grant = Grant(image, has, token=held.lease.version if has is Mode.EXCLUSIVE else token)
         await self._card(lambda: self._cards.write(image.ino, replace(holder, mode=has)))
         return held.grant
+
+    async def inherit(self) -> None:
+        """Give back what the last lockd had, and nobody has taken up."""
+        joined = self._joined
+        while joined.left - joined.in_use:
+            name = next(iter(joined.left - joined.in_use))
+            area = await self._place.find(name)
+            if area is None:
+                joined.left.discard(name)
+                continue
+            held = self._use(name, joined.membership(), area, Mode.EXCLUSIVE)
+            try:
+                with explained("give back what the last lockd held", area.where):
+                    if await joined.run(held.lease.adopt(), area) is not None:
+                        await joined.run(held.lease.release(), area)
+            finally:
+                with trio.CancelScope(shield=True):
+                    await self._tidy(held)
+                    await self._forget(held)
 
     async def convert(self, grant: Grant, mode: Mode, holder: Holder) -> None:
         """Change the mode of the lease; weaker in a way that nobody gets in between."""
@@ -191,7 +211,6 @@ class PaxosBackend:
             finally:
                 await self._tidy(held)
                 await self._forget(held)
-                await self._joined.note_idle()
 
     async def _tidy(self, held: _Held) -> None:
         """Take back what may be on the disk and is not held.  What the storage does not let us is left to run out."""
@@ -203,9 +222,18 @@ class PaxosBackend:
             except EngineError:
                 pass
 
+    def _use(self, name: str, membership: Membership, area: AreaIO, mode: Mode) -> _Held:
+        self._joined.in_use.add(name)
+        self._held[name] = _Held(name, self._lease(name, membership), area, mode)
+        return self._held[name]
+
     async def _forget(self, held: _Held) -> None:
-        self._held.pop(held.name, None)
+        """End the use of a lease."""
         await held.area.close()
+        if self._held.pop(held.name, None) is not None and self._lockspace is not None:
+            self._lockspace.in_use.discard(held.name)
+            self._lockspace.left.discard(held.name)
+            await self._lockspace.drop(held.name)
 
     # What there is to know -------------------------------------------------------------------
 
@@ -257,11 +285,6 @@ class PaxosBackend:
         """The lease runs out by itself."""
 
     # The lockspace's side --------------------------------------------------------------------
-
-    @property
-    def holding(self) -> int:
-        """How many leases are in use."""
-        return len(self._held)
 
     def lose(self, reason: str) -> None:
         """Tell all grants lost, each once."""

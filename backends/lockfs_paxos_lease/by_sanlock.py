@@ -224,6 +224,9 @@ class SanlockBackend:
         self._held[name] = _Held(resource, client, grant)
         return grant
 
+    async def inherit(self) -> None:
+        """What nobody kept a connection for has been given back by the daemon."""
+
     async def convert(self, grant: Grant, mode: Mode, holder: Holder) -> None:
         """Change the mode of the lease; weaker in a way that nobody gets in between."""
         held = self._of(grant)

@@ -11,6 +11,7 @@ Invariants:
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Protocol, TypeVar
 
 import trio
@@ -46,10 +47,6 @@ class Member(Protocol):
     def lose(self, reason: str) -> None:
         """Tell all grants lost."""
 
-    @property
-    def holding(self) -> int:
-        """How many grants have not been given back."""
-
 
 class Lockspace:
     """See the module.  *wanted* is the host id to have, 0 for any."""
@@ -73,7 +70,10 @@ class Lockspace:
         self._why = "this host has not joined the lockspace yet"
         self._state = StateFile(run_dir, space.name)
         self._boot = ""
-        self._holding = False
+        self.in_use: set[str] = set()
+        """The names of leases that members have in use: one lease serves one image of this host."""
+        self.left: set[str] = set()
+        """What the last lockd of this incarnation had, and nobody has taken up yet."""
         self._was_member = False
         self._joined = trio.Event()
         self._failed: EngineError | None = None
@@ -90,9 +90,14 @@ class Lockspace:
         except BaseException:
             self._state.unlock()
             raise
+        # Nobody gives a backend a nursery, and this must go on between its calls.
         trio.lowlevel.spawn_system_task(self._live, name=f"lockspace {self._place.where}")
-        with trio.move_on_after(START_PATIENCE):
-            await self._joined.wait()
+        try:
+            with trio.move_on_after(START_PATIENCE):
+                await self._joined.wait()
+        except BaseException:
+            await self.stop()
+            raise
         if self._failed is not None and not isinstance(self._failed, StorageTrouble):
             error = self._failed
             await self.stop()
@@ -121,7 +126,7 @@ class Lockspace:
             await self._ended.wait()
             membership, self._membership = self._membership, None
             self._why = "this host has left the lockspace"
-            if membership is not None and not self.holding:
+            if membership is not None and not self.in_use:
                 await self._leave(membership)
             if self.area is not None:
                 await self.area.close()
@@ -131,14 +136,11 @@ class Lockspace:
         try:
             with trio.fail_after(LEAVE_PATIENCE):
                 await self.run(membership.leave())
+            for name in self.left:
+                self._state.drop(name)
             self._state.forget()
         except (EngineError, trio.TooSlowError) as error:
             log.warning("%s: the host id could not be given back: %s", self._place.where, error)
-
-    @property
-    def holding(self) -> int:
-        """How many grants there are."""
-        return sum(member.holding for member in self.members)
 
     async def _live(self) -> None:
         """Be a member for ever.  As a system task it must not raise."""
@@ -149,6 +151,7 @@ class Lockspace:
                         await self._be_a_member()
                     except Exception:
                         log.exception("%s: keeping the lease of this host failed", self._place.where)
+                        self._membership = None
                         self._lose_all("keeping the lease of this host failed in an unexpected way")
                         await trio.sleep(self.timing.renewal)
         finally:
@@ -180,35 +183,41 @@ class Lockspace:
 
     async def _join(self) -> Membership:
         claim = Claim(self.space, self.timing, self._clock, self._digits, self._name, self.wanted, self.run)
-        membership, holding = None, self.holding > 0
-        if not self._was_member:
+        membership = None
+        if self._was_member:
+            idle = not self.in_use
+        else:
             state = await trio.to_thread.run_sync(self._state.load, self._boot)
+            held = await trio.to_thread.run_sync(self._state.held)
+            idle = state is not None and not held
             if state is not None:
-                holding = state.holding
                 membership = await claim.resume(state)
             self.broken = membership is None
-            idle = state is not None and not state.holding
-        else:
-            idle = not holding
+            self.left = held if membership is not None else set()
         if membership is None:
             membership = await claim.make(idle=idle)
-        await self._save(membership, holding=holding)
+        await self._save(membership)
         # The look at the others that comes with it is what tells the living from the dead.
         self.renewal = await self.run(membership.renew())
         self._was_member = True
         self.broken = False
         return membership
 
-    async def _save(self, membership: Membership, *, holding: bool) -> None:
+    async def _save(self, membership: Membership) -> None:
+        """Write down who this host is now, and nothing of what an earlier incarnation held."""
+
+        def save() -> None:
+            self._state.save(self._boot, membership.host_id, membership.generation, membership.name)
+            for name in self._state.held() - self.left - self.in_use:
+                self._state.drop(name)
+
+        await self._written(save)
+
+    async def _written(self, work: Callable[[], None]) -> None:
         try:
-            await trio.to_thread.run_sync(
-                lambda: self._state.save(
-                    self._boot, membership.host_id, membership.generation, membership.name, holding=holding
-                )
-            )
-            self._holding = holding
+            await trio.to_thread.run_sync(work)
         except OSError as error:
-            raise StorageTrouble(-(error.errno or 0), f"cannot write down the host id: {error}") from error
+            raise StorageTrouble(-(error.errno or 0), f"cannot write down what this host holds: {error}") from error
 
     async def _renew(self, membership: Membership) -> None:
         """Renew until the membership is lost."""
@@ -257,7 +266,7 @@ class Lockspace:
         return min(FENCE_LEAD, self.timing.fence / FENCE_LEAD_SHARE)
 
     def _lose_all(self, reason: str) -> None:
-        if self.holding:
+        if self.in_use:
             log.error("%s: what this host holds is to be fenced: %s", self._place.where, reason)
         for member in self.members:
             member.lose(reason)
@@ -282,18 +291,16 @@ class Lockspace:
             areas[Area.LEASE] = lease
         return await driver.run(operation, areas)
 
-    async def note_holding(self, membership: Membership) -> None:
-        """Write down that there are grants, before the first one is made.  Raises `StorageTrouble`."""
-        if not self._holding:
-            await self._save(membership, holding=True)
+    async def note(self, name: str) -> None:
+        """Write down that a lease is about to be taken.  Raises `StorageTrouble`."""
+        await self._written(lambda: self._state.note(name))
 
-    async def note_idle(self) -> None:
-        """Write down that there are no grants any more."""
-        if self._holding and not self.holding and self._membership is not None:
-            try:
-                await self._save(self._membership, holding=False)
-            except StorageTrouble as error:
-                log.warning("%s", error.message)
+    async def drop(self, name: str) -> None:
+        """Write down that a lease was given back."""
+        try:
+            await self._written(lambda: self._state.drop(name))
+        except StorageTrouble as error:
+            log.warning("%s", error.message)
 
 
 _open: dict[tuple[str, tuple[int, int, int]], Lockspace] = {}

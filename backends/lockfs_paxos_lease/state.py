@@ -17,18 +17,13 @@ VERSION = 1
 
 
 class State(msgspec.Struct, frozen=True):
-    """This host's incarnation in a lockspace.
-
-    `holding` is true from before its first grant until after its last one was given back: then somebody may still
-    write who goes by it.
-    """
+    """This host's incarnation in a lockspace."""
 
     space: str
     boot: str
     host_id: int
     generation: int
     name: bytes
-    holding: bool
     version: int = VERSION
 
 
@@ -41,6 +36,7 @@ class StateFile:
     def __init__(self, run_dir: str, space: bytes) -> None:
         self._directory = os.path.join(run_dir, PLACE)
         self._path = os.path.join(self._directory, f"{space.hex()}.json")
+        self._held = os.path.join(self._directory, f"{space.hex()}.held")
         self._space = space.hex()
         self._lock = -1
 
@@ -49,7 +45,7 @@ class StateFile:
 
         The lock ends when the process is wholly gone, with all its threads: a call that hangs in the storage keeps it.
         """
-        os.makedirs(self._directory, mode=0o700, exist_ok=True)
+        os.makedirs(self._held, mode=0o700, exist_ok=True)
         fd = os.open(f"{self._path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
             locked = ofd.lock(fd, exclusive=True, start=0, length=1)
@@ -78,13 +74,28 @@ class StateFile:
         good = (state.version, state.space, state.boot) == (VERSION, self._space, boot)
         return state if good and state.host_id > 0 and state.generation > 0 else None
 
-    def save(self, boot: str, host_id: int, generation: int, name: bytes, *, holding: bool) -> None:
+    def save(self, boot: str, host_id: int, generation: int, name: bytes) -> None:
         """Write it down, in one step."""
-        state = State(self._space, boot, host_id, generation, name, holding)
+        state = State(self._space, boot, host_id, generation, name)
         temporary = f"{self._path}.new"
         with open(temporary, "wb") as file:
             file.write(msgspec.json.encode(state))
         os.rename(temporary, self._path)
+
+    def note(self, lease: str) -> None:
+        """Write down that a lease is about to be taken; *lease* is a name that can be one of a file."""
+        os.close(os.open(os.path.join(self._held, lease), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
+
+    def drop(self, lease: str) -> None:
+        """Write down that a lease was given back."""
+        try:
+            os.unlink(os.path.join(self._held, lease))
+        except FileNotFoundError:
+            pass
+
+    def held(self) -> set[str]:
+        """Return the leases that are written down: while there is any, somebody may still write who goes by it."""
+        return set(os.listdir(self._held))
 
     def forget(self) -> None:
         """Have nothing written down: the host id was given back."""

@@ -136,6 +136,12 @@ class Checker:
 
     # What the storage shows.
 
+    def issued(self, area: str, machine: Machine) -> None:
+        """A write is handed to the storage."""
+        books = self.books[machine.number]
+        if area != "lockspace" and books.careful:
+            self._may_act(machine, f"writes to the lease {area}")
+
     def landed(self, area: str, sector: int, data: bytes, machine: Machine, issued: float) -> None:
         """A sector was written."""
         books = self.books[machine.number]

@@ -22,7 +22,10 @@ NEVER = float("inf")
 
 
 class Watcher(Protocol):
-    """Who sees what lands on the storage."""
+    """Who sees what is written to the storage."""
+
+    def issued(self, area: str, machine: Machine) -> None:
+        """A host issues a write."""
 
     def landed(self, area: str, sector: int, data: bytes, machine: Machine, issued: float) -> None:
         """A sector has changed hands."""
@@ -45,6 +48,10 @@ class Weather:
 
 class Machine:
     """What the world knows of a host: a clock of its own, and whether it runs."""
+
+    careful = True
+    """It copes with stops between deciding on a write and issuing it, and with writes that land after their time-out.
+    sanlock has a watchdog for the former and assumes that the latter does not happen."""
 
     def __init__(self, world: World, number: int, rate: float, offset: float) -> None:
         self.world = world
@@ -151,7 +158,7 @@ class World:
             self._read(task, action)
         elif isinstance(action, actions.Write):
             weather = self.weather
-            if weather.hiccup and self.random.random() < weather.hiccup:
+            if weather.hiccup and machine.careful and self.random.random() < weather.hiccup:
                 machine.paused_until = max(machine.paused_until, self.now + self.random.random() * weather.hiccup_for)
                 self.note(f"host {machine.number} stops until {machine.paused_until:.3f}, before a write")
                 self.at(machine.paused_until, self._write, task, action)
@@ -212,15 +219,19 @@ class World:
             self.at(self.now, self._resume, task, None, actions.NotIssued("write"))
             return
         area = self._area(task, action.area)
+        if self.watcher is not None:
+            self.watcher.issued(area, machine)
         latency, timeout = self._latency(machine), action.timeout / machine.rate
         ends = self.now + latency
         failed = bool(self.weather.write_error) and self.random.random() < self.weather.write_error
+        within = latency if machine.careful else min(latency, timeout)
+        failed_for_good = (failed or latency > within) and self.random.random() < 0.5
         pending = Pending(ends)
         machine.pending.setdefault(area, []).append(pending)
-        if not (failed and self.random.random() < 0.5):
+        if not failed_for_good:
             for part in range(0, len(action.data), SECTOR):
                 sector, data = (action.offset + part) // SECTOR, action.data[part : part + SECTOR]
-                lands = self.now + latency * (0.2 + 0.8 * self.random.random())
+                lands = self.now + within * (0.2 + 0.8 * self.random.random())
                 self.at(lands, self._land, area, sector, data, machine, self.now, pending)
         self.at(ends, self._ended, machine, area, pending)
         if latency > timeout:

@@ -25,31 +25,42 @@ def path_of(tmp_path: Path) -> Path:
 
 
 def test_it_comes_back(file: StateFile, tmp_path: Path) -> None:
-    file.save(BOOT, 7, 3, b"name\xff", holding=True)
+    file.save(BOOT, 7, 3, b"name\xff")
     said = file.load(BOOT)
-    assert said == State(b"space".hex(), BOOT, 7, 3, b"name\xff", holding=True)
-    file.save(BOOT, 7, 4, b"name", holding=False)
-    assert file.load(BOOT) == State(b"space".hex(), BOOT, 7, 4, b"name", holding=False)
+    assert said == State(b"space".hex(), BOOT, 7, 3, b"name\xff")
+    file.save(BOOT, 7, 4, b"name")
+    assert file.load(BOOT) == State(b"space".hex(), BOOT, 7, 4, b"name")
     file.forget()
     assert file.load(BOOT) is None
     file.forget()
+
+
+def test_leases_are_written_down(file: StateFile) -> None:
+    assert file.held() == set()
+    file.note("i-1")
+    file.note("i-2")
+    file.note("i-1")
+    assert file.held() == {"i-1", "i-2"}
+    file.drop("i-1")
+    file.drop("i-1")
+    assert file.held() == {"i-2"}
 
 
 def test_nothing_is_said_about_another_boot_or_lockspace(file: StateFile, tmp_path: Path) -> None:
     assert file.load(BOOT) is None
-    file.save(BOOT, 7, 3, b"name", holding=True)
+    file.save(BOOT, 7, 3, b"name")
     assert file.load("another boot") is None
     path_of(tmp_path).rename(path_of(tmp_path).with_name(f"{b'other'.hex()}.json"))
     assert StateFile(str(tmp_path), b"other").load(BOOT) is None
 
 
 def test_what_is_damaged_says_nothing(file: StateFile, tmp_path: Path) -> None:
-    file.save(BOOT, 7, 3, b"name", holding=True)
+    file.save(BOOT, 7, 3, b"name")
     good = path_of(tmp_path).read_bytes()
     for damaged in (
         *(good[:length] for length in range(len(good))),
         good.replace(b":7", b":0"), good.replace(b":3", b":-3"), good.replace(b'"version":1', b'"version":2'),
-        good.replace(b"true", b"7"), b"\xff" * 50, b"[]",
+        good.replace(b":7", b":true"), b"\xff" * 50, b"[]",
     ):  # fmt: skip
         path_of(tmp_path).write_bytes(damaged)
         assert file.load(BOOT) is None, damaged

@@ -150,6 +150,8 @@ async def main(name: str, share: str, run_dirs: str, options: str) -> None:
                 return str(holder) if holder else None
             if what == "confirm-dead":
                 return await backend.confirm_dead(image)
+            if what == "inherit":
+                return await backend.inherit()
             if what == "hosts":
                 return [[host.name, host.state, host.detail] for host in await backend.hosts()]
             membership = joined.membership()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -152,6 +153,24 @@ def test_a_lockd_that_is_killed_is_succeeded_under_the_same_id_and_generation(st
     b.call("acquire")
 
 
+def test_what_nobody_takes_up_is_given_back(start: Start) -> None:
+    a, b = start("host-a"), start("host-b")
+    for image in ("one", "two", "three"):
+        a.call("acquire", image=image)
+    a.call("acquire", image="shared", mode="shared")
+    a.kill()
+    a = start("host-a")
+    a.call("acquire", image="two")
+    for image in ("one", "three", "shared"):
+        with pytest.raises(RuntimeError, match="Busy: host host-a"):
+            b.call("acquire", image=image)
+    a.call("inherit")
+    for image in ("one", "three", "shared"):
+        b.call("acquire", image=image)
+    with pytest.raises(RuntimeError, match="Busy: host host-a"):
+        b.call("acquire", image="two")
+
+
 def test_a_host_that_comes_back_too_late_is_a_new_one_and_waits_for_those_who_may_still_write(start: Start) -> None:
     a = start("host-a")
     who = a.call("who")
@@ -201,16 +220,17 @@ def state_files(tmp_path: Path, name: str) -> list[Path]:
     return list((tmp_path / "run" / name / "paxos-lease").glob("*.json"))
 
 
-def test_the_state_says_what_a_successor_must_know(start: Start, tmp_path: Path) -> None:
+def test_the_state_says_what_a_successor_must_know(start: Start, tmp_path: Path, storage: Path) -> None:
     a = start("host-a")
     (file,) = state_files(tmp_path, "host-a")
     said = json.loads(file.read_text())
     assert [said["host_id"], said["generation"]] == a.call("who")
-    assert said["holding"] is False
+    held = file.with_suffix(".held")
+    assert os.listdir(held) == []
     a.call("acquire")
-    assert json.loads(file.read_text())["holding"] is True
+    assert os.listdir(held) == [f"i-{(storage / 'img').stat().st_ino:x}"]
     a.call("release")
-    assert json.loads(file.read_text())["holding"] is False
+    assert os.listdir(held) == []
     a.leave()
     assert state_files(tmp_path, "host-a") == []
 

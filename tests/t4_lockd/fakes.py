@@ -42,6 +42,7 @@ class FakeBackend:
     granted: dict[int, Grant] = field(default_factory=dict)
     wrong: list[str] = field(default_factory=list)
     others: Sequence[Host] = ()
+    inherited: trio.Event = field(default_factory=trio.Event)
     _busy: set[int] = field(default_factory=set)
     _losses: tuple[trio.MemorySendChannel[Grant], trio.MemoryReceiveChannel[Grant]] = field(
         default_factory=lambda: trio.open_memory_channel[Grant](10)
@@ -78,6 +79,9 @@ class FakeBackend:
         os.fstat(image.fd)
         self.granted[image.ino] = Grant(image, mode)
         return self.granted[image.ino]
+
+    async def inherit(self) -> None:
+        self.inherited.set()
 
     async def convert(self, grant: Grant, mode: Mode, holder: Holder) -> None:
         await self._call(f"convert {mode.value}", grant.image.ino)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,26 @@ def test_a_host_that_dies_is_succeeded_in_time(host: Host, a: Mount, b: Mount, s
         os.kill(lockd, signal.SIGKILL)
         assert other.result("open", b / "img", os.O_RDWR) == "EBUSY"
         wait_until(lambda: other.result("open", b / "img", os.O_RDWR) == "ok", TAKEOVER + LATER, "a takeover")
+
+
+def test_a_lockd_that_is_killed_costs_nobody_anything(
+    host: Host, a: Mount, b: Mount, storage: Path, expect_log
+) -> None:
+    """Its successor takes host id, generation and leases up before they run out."""
+    expect_log("lockd is gone", optional=True)
+    (storage / "img").write_text("content")
+    (storage / "other").write_text("content")
+    with Actor() as one, Actor() as other:
+        fd = one.call("open", a / "img", os.O_RDWR)
+        os.kill(host.lockd(), signal.SIGKILL)
+        until = time.monotonic() + TAKEOVER + 2
+        while time.monotonic() < until:
+            assert other.result("open", b / "img", os.O_RDWR) == "EBUSY"
+            assert one.result("write", fd, "written", 0) == "ok"
+        assert one.result("open", a / "other", os.O_RDWR) == "ok"
+        one.call("close", fd)
+        wait_until(lambda: other.result("open", b / "img", os.O_RDWR) == "ok", LATER, "the image is free")
+    assert "was told lost" not in host.log()
 
 
 def test_what_a_host_holds_is_fenced_when_its_record_is_not_its_own_any_more(

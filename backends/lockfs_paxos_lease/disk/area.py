@@ -35,13 +35,16 @@ class _Use:
         self._settled = trio.Event()
         self._settled.set()
 
-    def begin(self, writes: bool) -> None:
-        """Count a call.  In the event loop only."""
+    def begin(self, writes: bool) -> bool:
+        """Count a call; return False if the file is closed.  In the event loop only."""
         with self._lock:
+            if self._closing:
+                return False
             self._calls += 1
             self._writes += writes
         if writes and self._settled.is_set():
             self._settled = trio.Event()
+        return True
 
     def end(self, writes: bool) -> None:
         """A call has come back.  In any thread."""
@@ -120,7 +123,8 @@ class AreaIO:
                 pass  # the descriptor is gone, or goes when the thread comes back
 
     async def _call(self, what: str, work: Callable[[], T], timeout: float, *, writes: bool) -> T:
-        self._use.begin(writes)
+        if not self._use.begin(writes):
+            raise IOFailed(f"{self.where}: cannot {what}: it was closed")
         try:
             return await self._lane.call(work, timeout, ended=lambda: self._use.end(writes))
         except Overdue as error:

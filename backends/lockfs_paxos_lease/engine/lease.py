@@ -259,7 +259,8 @@ class Lease:
                 continue
             return (yield from self._commit(cur, seen.version, value, attempt))
         yield from self._withdraw(cur)
-        raise Held(Code.DBLOCK_MBAL, "no ballot could be finished: another host does not let go", cur.owner_id, cur.owner_generation)
+        what = "no ballot could be finished: another host does not let go"
+        raise Held(Code.DBLOCK_MBAL, what, cur.owner_id, cur.owner_generation)
 
     def _run(self, ballot: Ballot, own: Dblock) -> Operation[Value]:
         """Run one ballot.  Raises `Outrun`, `BadArea`."""
