@@ -225,7 +225,7 @@ class SanlockBackend:
         return grant
 
     async def inherit(self) -> None:
-        """What nobody kept a connection for has been given back by the daemon."""
+        """Locks in connections are gone with these."""
 
     async def convert(self, grant: Grant, mode: Mode, holder: Holder) -> None:
         """Change the mode of the lease; weaker in a way that nobody gets in between."""

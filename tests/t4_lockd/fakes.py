@@ -41,8 +41,8 @@ class FakeBackend:
     calls: list[str] = field(default_factory=list)
     granted: dict[int, Grant] = field(default_factory=dict)
     wrong: list[str] = field(default_factory=list)
-    others: Sequence[Host] = ()
     inherited: trio.Event = field(default_factory=trio.Event)
+    others: Sequence[Host] = ()
     _busy: set[int] = field(default_factory=set)
     _losses: tuple[trio.MemorySendChannel[Grant], trio.MemoryReceiveChannel[Grant]] = field(
         default_factory=lambda: trio.open_memory_channel[Grant](10)
