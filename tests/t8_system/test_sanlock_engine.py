@@ -63,22 +63,21 @@ def test_leases_of_sanlock_under_real_mounts(
         assert len(leases(daemon)) == 1
         assert other.result("open", b / "img", os.O_RDWR) == "EBUSY"
         one.call("write", fd, "written", 0)
-        # The daemon loses the lockspace: it asks for the lease, lockd fences, and then the lease is let go.
+        # Another host asks for the lease: sanlock passes that on, lockd fences, and only then the lease is let go.
         lockd = host.lockd()
-        number = next(each["number"] for each in host.json("hosts")["shares"][0]["hosts"] if each["here"])
-        with (storage / ".lockfs/leases/lockspace").open("r+b") as lockspace:
-            lockspace.seek(512 * (number - 1) + 168)
-            lockspace.write(b"XXXX")
-            os.fsync(lockspace.fileno())
+        (lease,) = (storage / ".lockfs/leases").glob("*.lease")
+        space = next(line.split()[1] for line in daemon.client("status").splitlines() if line.startswith("s "))
+        resource = f"{space.split(':')[0]}:{lease.stem}:{lease}:0"
+        sanlocks["host-b"][0].client("request", "-r", f"{resource}:2", "-f", "2")
         wait_until(lambda: one.result("write", fd, "at last", 0) == "EIO", PATIENCE, "the fence")
         wait_until(lambda: not leases(daemon), PATIENCE, "the lease is let go")
         assert processes.running(lockd)
         assert host.lockd() == lockd
-        # On the storage the lease is as it was, of a host whose record makes no sense: nobody gets it by mistake.
-        assert other.result("open", b / "img", os.O_RDWR) == "ENOLCK"
-        (storage / "img").write_text("nobody's")
+        # It has the image, while the first one still has it open.
+        theirs = other.call("open", b / "img", os.O_RDWR)
+        other.call("write", theirs, "theirs!", 0)
         assert one.result("write", fd, "too late", 0) == "EIO"
-        assert (storage / "img").read_text() == "nobody's"
+        assert (storage / "img").read_text() == "theirs!"
     wait_until(lambda: not host.locks(), PATIENCE, "the image is closed")
     for pattern in ("lost the lock o[nf] ", "fenced ", "says that host host-b is dead; not believed"):
         expect_log(pattern)
