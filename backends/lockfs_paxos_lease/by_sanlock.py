@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -25,23 +25,22 @@ from lockfs.backend import UNKNOWN_HOST, Busy, Context, Denied, Grant, GrantLost
 from lockfs.cards import Cards
 from lockfs.errors import LockUnavailable, MountError
 from lockfs_paxos_lease import driver, identity
-from lockfs_paxos_lease.check.lockspace import records
-from lockfs_paxos_lease.directory import LOCKSPACE, SUFFIX, LeaseDirectory
+from lockfs_paxos_lease.directory import LeaseDirectory
 from lockfs_paxos_lease.disk.file import Disks
 from lockfs_paxos_lease.disk.lane import Lane, Overdue
-from lockfs_paxos_lease.engine.actions import DiskError
 from lockfs_paxos_lease.engine.timing import DEFAULT_IO_TIMEOUT, Timing
 from lockfs_paxos_lease.format.errors import Code
-from lockfs_paxos_lease.format.leader import Leader
 from lockfs_paxos_lease.naming import lease_name
 from lockfs_paxos_lease.place import FILE_TIMEOUT, Space
+from lockfs_paxos_lease.san.volume import Joined, LeaseVolume
 from lockfs_paxos_lease.sanlock import link
 from lockfs_paxos_lease.sanlock.client import Client
 from lockfs_paxos_lease.sanlock.daemon import Daemon
 from lockfs_paxos_lease.sanlock.errors import DaemonGone, SanlockError
 from lockfs_paxos_lease.sanlock.marks import Marks
+from lockfs_paxos_lease.sanlock.places import DaemonPlace, InDirectory, OnVolume, check_reachable
 from lockfs_paxos_lease.sanlock.seat import Seat
-from lockfs_paxos_lease.sanlock.wire import AcquireFlag, Disk, HostState, Lockspace, Resource, ResourceFlag
+from lockfs_paxos_lease.sanlock.wire import AcquireFlag, HostState, Lockspace, Resource, ResourceFlag
 
 LOOK = 0.25
 """Seconds between two looks for marks."""
@@ -84,41 +83,40 @@ class SanlockBackend:
         self._io_timeout = io_timeout if isinstance(io_timeout, int) else DEFAULT_IO_TIMEOUT
         self._daemon = Daemon(link.run_dir())
         self._lane = Lane(4)
-        self._place = LeaseDirectory(
-            Disks(context.fstype), driver.boottime, Timing.sanlock(self._io_timeout), context.source_fd, self._source,
-            str(options["leases"]),
-        )  # fmt: skip
+        self._place = self._find_place(str(options["leases"]))
         self._cards = Cards(context.source_fd, self._source, f"{context.host}\0{context.run_dir}")
         self._held: dict[str, _Held] = {}
-        self._ids = (0, 0)
         self._space: Space | None = None
         self._marks: Marks | None = None
         self._seat: Seat | None = None
         self._scope = trio.CancelScope()
         self._tell_lost, self._lost = trio.open_memory_channel[Grant](float("inf"))
 
+    def _find_place(self, leases: str) -> DaemonPlace:
+        context, timing = self._context, Timing.sanlock(self._io_timeout)
+        disks, clock = Disks(context.fstype), driver.boottime
+        if leases and not os.path.isdir(leases):
+            return OnVolume(LeaseVolume(disks, clock, timing, leases, _nobody), self._daemon)
+        directory = LeaseDirectory(disks, clock, timing, context.source_fd, self._source, leases)
+        return InDirectory(directory, self._daemon, self._lane)
+
     # Its life --------------------------------------------------------------------------------
 
     async def start(self) -> None:
         """Find the daemon, and the lockspace or make it, and have the daemon join."""
-        self._check_reachable()
-        leases = str(self._context.options["leases"])
-        if leases and not await trio.to_thread.run_sync(os.path.isdir, leases):
-            hint = "Leave engine=sanlock out, or set leases= to a directory."
-            raise MountError(f"engine=sanlock needs leases in a directory, and {leases} is none", hint=hint)
+        check_reachable(self._place, self._context.mountpoint)
         try:
-            self._ids = await self._daemon.ids()
+            space = self._space = await self._place.open()
         except DaemonGone as error:
             raise MountError(error.message, hint=error.hint) from error
-        space = self._space = await self._place.open()
         try:
             marks = self._marks = Marks(self._context.run_dir, space.name)
             marks.open()
-            await self._give_to_daemon(LOCKSPACE)
             await self._aside(self._cards.open)
             wanted = self._context.options["host_id"]
-            lockspace = Lockspace(space.name, wanted if isinstance(wanted, int) else 0, self._disk(LOCKSPACE))
-            seat = Seat(self._daemon, lockspace, self._io_timeout, self._survey, self._lose)
+            disk = await self._place.lockspace()
+            lockspace = Lockspace(space.name, wanted if isinstance(wanted, int) else 0, disk)
+            seat = Seat(self._daemon, lockspace, self._io_timeout, self._place.survey, self._lose)
             await seat.start()
             self._seat = seat
             trio.lowlevel.spawn_system_task(self._look_for_marks, marks, name="marks of sanlock")
@@ -143,30 +141,6 @@ class SanlockBackend:
         await self._aside(self._cards.close)
         await self._place.close()
 
-    def _check_reachable(self) -> None:
-        """The daemon opens leases by their paths; it must not be led back into the mount."""
-        where = os.path.realpath(os.fsencode(self._place.where))
-        mountpoint = os.path.realpath(self._context.mountpoint)
-        if where == mountpoint or where.startswith(mountpoint.rstrip(b"/") + b"/"):
-            raise MountError(
-                f"sanlock cannot reach the leases in {self._place.where}: {text.from_bytes(mountpoint)} hides them",
-                hint="Set leases= to a directory that is not below the mountpoint, such as another mount of the share.",
-            )
-
-    async def _give_to_daemon(self, name: str) -> None:
-        """Let the daemon, which need not be root, open a file that we have made."""
-        path = f"{self._place.where}/{name}"
-
-        def work() -> None:
-            info = os.stat(path)
-            if (info.st_uid, info.st_gid) != self._ids and self._ids[0]:
-                os.chown(path, *self._ids)
-
-        try:
-            await self._lane.call(work, FILE_TIMEOUT)
-        except (OSError, Overdue) as error:
-            raise LockUnavailable(f"cannot give {path} to the sanlock daemon: {error}") from error
-
     # Locks -----------------------------------------------------------------------------------
 
     async def acquire(self, image: Image, mode: Mode, holder: Holder) -> Grant:
@@ -176,9 +150,8 @@ class SanlockBackend:
         name = self._name(image)
         if name in self._held:
             raise Busy(Holder(self._context.host, self._mode_of(self._held[name])))
-        await (await self._place.find_or_create(name)).close()
-        await self._give_to_daemon(name + SUFFIX)
-        resource = Resource(space.name, name.encode(), self._disk(name + SUFFIX), flags=_FLAGS[mode])
+        disk = await self._place.find_or_create(name)
+        resource = Resource(space.name, name.encode(), disk, flags=_FLAGS[mode])
         marks.clear(name)
         client = await Client.register(self._daemon.directory)
         held = self._held[name] = _Held(resource, client)
@@ -275,13 +248,10 @@ class SanlockBackend:
         """Have the daemon read the lease, and say who has it."""
         seat, _, space = self._parts()
         name = self._name(image)
-        area = await self._place.find(name)
-        if area is None:
+        disk = await self._place.find(name)
+        if disk is None:
             return None
-        await area.close()
-        await self._give_to_daemon(name + SUFFIX)
-        resource = Resource(space.name, name.encode(), self._disk(name + SUFFIX))
-        found, owners = await self._daemon.owners(resource)
+        found, owners = await self._daemon.owners(Resource(space.name, name.encode(), disk))
         own = seat.host_id
         others = [each for each in owners if each.host_id != own]
         if not others:
@@ -357,22 +327,6 @@ class SanlockBackend:
             raise LockUnavailable(f"the backend of {self._source} is not running")
         return self._seat, self._marks, self._space
 
-    async def _survey(self) -> Mapping[int, Leader]:
-        space = self._space
-        if space is None:
-            raise LockUnavailable(f"the backend of {self._source} is not running")
-        area = await self._place.lockspace()
-        try:
-            data = await area.read(0, space.geometry.align, FILE_TIMEOUT)
-        except DiskError as error:
-            raise LockUnavailable(f"cannot read the lockspace: {error}") from error
-        finally:
-            await area.close()
-        return {number + 1: record for number, (record, _) in enumerate(records(data, space.geometry))}
-
-    def _disk(self, name: str) -> Disk:
-        return Disk(os.path.realpath(os.fsencode(f"{self._place.where}/{name}")))
-
     def _name(self, image: Image) -> str:
         return lease_name(image, str(self._context.options["key"]))
 
@@ -413,6 +367,11 @@ class SanlockBackend:
             return await self._lane.call(work, FILE_TIMEOUT)
         except (Overdue, OSError):
             return None
+
+
+def _nobody() -> Joined:
+    """The daemon is the member of the lockspace."""
+    raise LockUnavailable("leases are made by the sanlock daemon")
 
 
 _FLAGS = {Mode.SHARED: ResourceFlag.SHARED, Mode.EXCLUSIVE: ResourceFlag(0)}

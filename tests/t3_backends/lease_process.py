@@ -148,6 +148,8 @@ async def main(name: str, share: str, run_dirs: str, options: str) -> None:
             if what == "holder":
                 holder = await made.holder_seen(image)
                 return str(holder) if holder else None
+            if what == "confirm-dead":
+                return await backend.confirm_dead(image)
             if what == "inherit":
                 return await backend.inherit()
             if what == "hosts":

@@ -11,8 +11,6 @@ from pathlib import Path
 
 import pytest
 import trio
-from lockfs_paxos_lease.sanlock.daemon import Daemon
-from lockfs_paxos_lease.sanlock.wire import Disk, Request, Resource
 from t3_backends.sanlock_daemon import Daemon as SanlockDaemon
 from t3_backends.stations import Station, station
 
@@ -163,32 +161,6 @@ async def test_lockfs_and_sanlock_exclude_each_other(
 async def losses(station: Station, found: list[Grant]) -> None:
     async for grant in station.backend.lost():
         found += [grant]
-
-
-async def test_a_graceful_request_is_told_as_a_loss_and_the_lease_let_go_when_fenced(
-    pair: tuple[Station, Station], daemons: dict[str, SanlockDaemon], storage: Path, nursery: trio.Nursery
-) -> None:
-    a, b = pair
-    found: list[Grant] = []
-    nursery.start_soon(losses, a, found)
-    kept = await a.acquire(name="kept")
-    grant = await a.acquire()
-    (path,) = [path for path in storage.glob(".lockfs/leases/*.lease") if path.name == f"i-{grant.image.ino:x}.lease"]
-    daemon = Daemon(run_dir(daemons["host-b"]))
-    (lockspace,) = await daemon.lockspaces()
-    lease = Resource(lockspace.name, path.stem.encode(), Disk(os.fsencode(path)))
-    await daemon.request(lease, Request.GRACEFUL)
-    with trio.fail_after(20):
-        while not found:
-            await trio.sleep(0.1)
-    assert found == [grant]
-    await refused(b)  # it is not let go before it is fenced
-    await a.backend.fenced(grant)
-    other = await b.acquire()
-    await a.release(grant)
-    await refused(b, name="kept")
-    await b.release(other)
-    await a.release(kept)
 
 
 async def test_all_is_lost_when_the_daemon_is_and_joined_anew_when_it_is_back(

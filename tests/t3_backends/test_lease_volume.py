@@ -150,6 +150,32 @@ async def test_sanlock_reads_what_we_make_and_we_what_it_makes(
         process.close()
 
 
+async def test_a_sanlock_daemon_as_engine_on_a_volume(
+    device: str, storage: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One host by its daemon, the other by itself, on one volume."""
+    formatted(device, Timing.sanlock(1))
+    run_dir = tmp_path_factory.mktemp("s") / "d"
+    process = sanlock_daemon.Daemon("host-a", run_dir)
+    monkeypatch.setenv("SANLOCK_RUN_DIR", str(run_dir))
+    options = {"leases": device, "takeover": "sanlock", "io_timeout": "1"}
+    try:
+        async with (
+            station("host-a", storage, "paxos-lease", {**options, "engine": "sanlock"}, run_dirs=tmp_path / "r") as a,
+            station("host-b", storage, "paxos-lease", options, run_dirs=tmp_path / "r") as b,
+        ):
+            for first, second in ((a, b), (b, a)):
+                for name in (f"by-{first.host}", f"by-{second.host}"):
+                    grant = await first.acquire(name=name)
+                    with pytest.raises(Busy):
+                        await second.acquire(name=name)
+                    await first.release(grant)
+            assert len(leases(device)) == 2
+            assert problems(device) == []
+    finally:
+        process.close()
+
+
 async def test_a_volume_that_is_not_made_is_refused_and_says_how(device: str, storage: Path, tmp_path: Path) -> None:
     with pytest.raises(MountError, match="is empty") as caught:
         async with hosts(device, storage, tmp_path):

@@ -126,6 +126,21 @@ def test_what_a_dead_host_held_is_had_in_time_and_not_before(start: Start) -> No
     assert ["host-a", "dead"] in [host[:2] for host in b.call("hosts")]
 
 
+def test_what_a_host_held_that_an_admin_says_is_dead_is_had_at_once(start: Start) -> None:
+    """Long before it would be had by itself; and nobody is believed about a host that lives."""
+    a, b = start("host-a", takeover="24"), start("host-b", takeover="24")
+    a.call("acquire")
+    for host, why in (("host-a", "it lives"), ("host-b", "is this one"), ("host-c", "there is no host 'host-c'")):
+        with pytest.raises(RuntimeError, match=f"Denied: .*{why}"):
+            b.call("confirm-dead", image=host)
+    a.kill()
+    with pytest.raises(RuntimeError, match="Busy: host host-a"):
+        b.call("acquire")
+    assert b.call("confirm-dead", image="host-a") == "host-a"
+    b.call("acquire")
+    assert ["host-a", "dead"] in [host[:2] for host in b.call("hosts")]
+
+
 def test_a_lockd_that_is_killed_is_succeeded_under_the_same_id_and_generation(start: Start) -> None:
     a, b = start("host-a"), start("host-b")
     who, token = a.call("who"), a.call("acquire")

@@ -58,6 +58,12 @@ def fill(parser: argparse.ArgumentParser) -> None:
     each.add_argument("--name", required=True, help="name of the lease, 48 bytes at most")
     each.add_argument("--num-hosts", type=int, default=0, metavar="N", help="highest host id that may use it")
     each.set_defaults(run=_create)
+    each = actions.add_parser("timing", help="show what happens when after the last renewal of a host")
+    each.add_argument("--takeover", default=f"{DEFAULT_TAKEOVER:g}", metavar="sanlock|SECONDS", help="the mount option")
+    each.add_argument("--io-timeout", type=int, default=DEFAULT_IO_TIMEOUT, metavar="SECONDS", help="with sanlock")
+    each.add_argument("--markdown", action="store_true", help="print the tables of the documentation")
+    each.add_argument("--json", action="store_true", help="print JSON")
+    each.set_defaults(run=_timetable)
 
 
 def _areas(wanted: Sequence[str]) -> list[Area]:
@@ -137,6 +143,20 @@ def _create(arguments: argparse.Namespace) -> int:
     return _made(
         arguments, make.lease(_making(arguments, DEFAULT_IO_TIMEOUT), _name(arguments.name), arguments.num_hosts)
     )
+
+
+def _timetable(arguments: argparse.Namespace) -> int:
+    # Here and not above: it brings in trio, which the other actions do without.
+    from lockfs_paxos_lease.cli import timetable
+
+    timing = _timing(arguments.takeover, arguments.io_timeout)
+    if arguments.markdown:
+        print(timetable.document(), end="")
+    elif arguments.json:
+        print_json({"moments": [{"at": each.at, "what": each.what} for each in timetable.moments(timing)]})
+    else:
+        print(timetable.text(timing), end="")
+    return EXIT_OK
 
 
 def _made(arguments: argparse.Namespace, what: str) -> int:

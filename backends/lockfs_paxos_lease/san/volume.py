@@ -110,22 +110,20 @@ class LeaseVolume:
 
     async def find(self, name: str) -> AreaIO | None:
         """Open the area of a lease; None if there is none."""
+        offset = await self.offset_of(name)
+        return None if offset is None else await self._area(offset, name)
+
+    async def offset_of(self, name: str) -> int | None:
+        """Return where a lease begins; None if there is none."""
         offset = self._places.get(name)
-        if offset is not None:
-            area = await self._area(offset, name)
-            try:
-                if await self._is_lease(area, name):
-                    return area
-            except BaseException:
-                await area.close()
-                raise
-            await area.close()
+        if offset is not None and await self._is_lease(offset, name):
+            return offset
         offset = (await self._read_index()).find(name.encode())
         if offset is None:
             self._places.pop(name, None)
-            return None
-        self._places[name] = offset
-        return await self._area(offset, name)
+        else:
+            self._places[name] = offset
+        return offset
 
     async def find_or_create(self, name: str) -> AreaIO:
         """Open the area of a lease, and make it if there is none."""
@@ -279,9 +277,13 @@ class LeaseVolume:
         with self._explained("write"):
             await area.write(offset, data, self._timing.io_timeout, membership.valid_until)
 
-    async def _is_lease(self, area: AreaIO, name: str) -> bool:
-        with self._explained("read a lease"):
-            leader = Leader.decode(await area.read(0, _PAGE, self._timing.io_timeout))
+    async def _is_lease(self, offset: int, name: str) -> bool:
+        area = await self._area(offset, name)
+        try:
+            with self._explained("read a lease"):
+                leader = Leader.decode(await area.read(0, _PAGE, self._timing.io_timeout))
+        finally:
+            await area.close()
         return leader.magic == PAXOS_MAGIC and names.same(leader.resource_name, name.encode())
 
     # Parts -----------------------------------------------------------------------------------
