@@ -20,7 +20,7 @@ import trio
 from lockfs import text
 from lockfs.backend import UNKNOWN_HOST, Busy, Context, Denied, Grant, GrantLost, Holder, Host, Image, Mode
 from lockfs.cards import Cards
-from lockfs.errors import LockUnavailable
+from lockfs.errors import LockUnavailable, MountError
 from lockfs_paxos_lease import driver, identity, lockspace, viewing
 from lockfs_paxos_lease.directory import LeaseDirectory
 from lockfs_paxos_lease.disk.area import AreaIO
@@ -33,6 +33,7 @@ from lockfs_paxos_lease.engine.membership import Membership
 from lockfs_paxos_lease.engine.timing import DEFAULT_IO_TIMEOUT, Timing
 from lockfs_paxos_lease.errors import explained
 from lockfs_paxos_lease.naming import lease_name
+from lockfs_paxos_lease.options import LIBVIRT
 from lockfs_paxos_lease.place import Place, hosts_of
 from lockfs_paxos_lease.san.volume import LeaseVolume
 
@@ -76,9 +77,14 @@ class PaxosBackend:
         self._tell_lost, self._lost = trio.open_memory_channel[Grant](float("inf"))
 
     def _find_place(self, storage: Storage, leases: str) -> Place:
+        libvirt = self._context.options["names"] == LIBVIRT
+        if libvirt and not (leases and self._timing.is_sanlock):
+            raise MountError("names=libvirt needs takeover=sanlock, and leases= must be libvirt's disk_lease_dir")
         if leases and not os.path.isdir(leases):
             return LeaseVolume(storage, driver.boottime, self._timing, leases, lambda: self._joined)
-        return LeaseDirectory(storage, driver.boottime, self._timing, self._context.source_fd, self._source, leases)
+        return LeaseDirectory(
+            storage, driver.boottime, self._timing, self._context.source_fd, self._source, leases, libvirt=libvirt
+        )
 
     # Its life --------------------------------------------------------------------------------
 
@@ -317,7 +323,7 @@ class PaxosBackend:
         return engine.Lease(name.encode(), membership, self._random, hosts_of(self._timing, membership.geometry))
 
     def _name(self, image: Image) -> str:
-        return lease_name(image, str(self._context.options["key"]))
+        return lease_name(image, str(self._context.options["key"]), str(self._context.options["names"]))
 
     def _of(self, grant: Grant) -> _Held:
         held = self._held.get(self._name(grant.image))
