@@ -10,7 +10,7 @@ from lockfs_paxos_lease.options import LOCKFS, SANLOCK
 def make(context: Context) -> Backend:
     """Return the backend for a share.  Each engine loads only where it is wanted.
 
-    Raises `MountError` for options that the engine has no use for, and that are about safety or about who excludes whom.
+    Raises `MountError` for options that the engine has no use for and that are not about speed only.
     """
     if context.options["engine"] == SANLOCK:
         if context.options["watchdog"]:
