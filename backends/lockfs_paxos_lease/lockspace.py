@@ -11,6 +11,7 @@ Invariants:
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Protocol, TypeVar
@@ -66,8 +67,6 @@ class Lockspace:
         self.wanted = wanted
         self.members: list[Member] = []
         self.area: AreaIO | None = None
-        self.broken = False
-        """What the last lockd was granted is lost: its incarnation has run out, and a new one is not there yet."""
         self.renewal = Renewal(called=False)
         self._place = place
         self._clock = clock
@@ -84,6 +83,8 @@ class Lockspace:
         self.watchdog_path = watchdog_path
         self._watchdog: Watchdog | None = None
         self._was_member = False
+        self._broken = False
+        self._inherits_until = math.inf
         self._joined = trio.Event()
         self._failed: EngineError | None = None
         self._scope = trio.CancelScope()
@@ -168,7 +169,7 @@ class Lockspace:
                 await self._be_a_member()
             except Exception:
                 log.exception("%s: keeping the lease of this host failed", self._place.where)
-                self._membership = None
+                self._membership, self._broken = None, True
                 self._lose_all("keeping the lease of this host failed in an unexpected way")
                 await trio.sleep(self.timing.renewal)
 
@@ -182,7 +183,7 @@ class Lockspace:
                 self._why = error.message
                 level = logging.INFO if isinstance(error, StorageTrouble) else logging.ERROR
                 log.log(level, "%s: cannot join the lockspace: %s", self._place.where, error.message)
-            await trio.sleep(self.timing.renewal)
+            await trio.sleep(self.timing.retry if isinstance(error, StorageTrouble) else self.timing.renewal)
             return
         self._membership, self._failed = membership, None
         self._joined.set()
@@ -193,7 +194,7 @@ class Lockspace:
             nursery.start_soon(self._watch, membership)
             await self._renew(membership)
             nursery.cancel_scope.cancel()
-        self._membership = None
+        self._membership, self._broken = None, True
         self._lose_all(self._why)
 
     async def _join(self) -> Membership:
@@ -206,8 +207,9 @@ class Lockspace:
             held = await trio.to_thread.run_sync(self._state.held)
             idle = state is not None and not held
             if state is not None:
+                self._inherits_until = state.renewed + self.timing.fence - self._lead
                 membership = await claim.resume(state)
-            self.broken = membership is None
+            self._broken = membership is None
             self.left = held if membership is not None else set()
         if membership is None:
             membership = await claim.make(idle=idle)
@@ -217,14 +219,16 @@ class Lockspace:
         # The look at the others that comes with it is what tells the living from the dead.
         self.renewal = await self.run(membership.renew())
         self._was_member = True
-        self.broken = False
+        self._broken = False
         return membership
 
     async def _save(self, membership: Membership) -> None:
         """Write down who this host is now, and nothing of what an earlier incarnation held."""
 
         def save() -> None:
-            self._state.save(self._boot, membership.host_id, membership.generation, membership.name)
+            self._state.save(
+                self._boot, membership.host_id, membership.generation, membership.name, membership.last_success
+            )
             for name in self._state.held() - self.left - self.in_use:
                 self._state.drop(name)
 
@@ -257,6 +261,11 @@ class Lockspace:
                 continue
             if self._watchdog is not None:
                 self._on_watchdog(partial(self._watchdog.renewed, self._clock() - membership.last_success))
+            if self.in_use or self.left:
+                try:
+                    await self._save(membership)
+                except StorageTrouble as error:
+                    log.warning("%s", error.message)
             if failing:
                 log.info("%s: the lease of this host is renewed again", self._place.where)
             failing = False
@@ -303,6 +312,11 @@ class Lockspace:
             log.error("%s: what this host holds is to be fenced: %s", self._place.where, reason)
         for member in self.members:
             member.lose(reason)
+
+    @property
+    def broken(self) -> bool:
+        """True if what the last lockd of this boot was granted is lost for certain."""
+        return self._membership is None and (self._broken or self._clock() >= self._inherits_until)
 
     # What members do -------------------------------------------------------------------------
 

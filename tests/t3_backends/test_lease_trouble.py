@@ -18,7 +18,7 @@ from lockfs_paxos_lease.watchdog import Watchdog
 from t3_backends.lease_storage import Trouble
 from t3_backends.stations import Station, station
 
-from lockfs.backend import Busy, Grant
+from lockfs.backend import Busy, Grant, GrantLost
 from lockfs.errors import LockUnavailable, MountError
 
 TAKEOVER = 6.0
@@ -34,8 +34,10 @@ def host(storage: Path, tmp_path: Path) -> Open:
     """Start hosts, each with its own way to the storage, which can be made to misbehave."""
 
     @asynccontextmanager
-    async def start(name: str, share: Path = storage, **options: str) -> AsyncIterator[Made]:
-        trouble = Trouble()
+    async def start(
+        name: str, share: Path = storage, trouble: Trouble | None = None, **options: str
+    ) -> AsyncIterator[Made]:
+        trouble = trouble or Trouble()
         opened = station(
             name, share, "paxos-lease", {"takeover": f"{TAKEOVER:g}", **options}, run_dirs=tmp_path / "run",
             load=lambda context: PaxosBackend(context, trouble),
@@ -358,3 +360,36 @@ async def test_a_watchdog_is_fed_while_renewals_work_and_again_when_all_is_fence
         with trio.fail_after(LATER):
             while device.armed:
                 await trio.sleep(0.05)
+
+
+async def test_a_successor_on_storage_that_hangs_says_in_time_that_all_is_lost(host: Open, tmp_path: Path) -> None:
+    """It cannot look; but when its predecessor's lease has run out, it knows so."""
+    async with host("host-a") as (a, _):
+        grant = await a.acquire()
+        backend = a.backend
+        assert isinstance(backend, PaxosBackend)
+        with trio.fail_after(LATER):
+            while valid_until(a) < boottime() + FENCE - 0.2:  # just renewed, and noted
+                await trio.sleep(0.01)
+        await trio.sleep(0.2)
+        said = [(path, path.read_bytes()) for path in (tmp_path / "run" / "host-a").rglob("*") if path.is_file()]
+        await backend.release(grant)
+    begin = boottime()
+    for path, content in said:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    trouble = Trouble()
+    # The first look is that of the mount itself.
+    trouble.hangs = lambda what, path: path == "lockspace" and trouble.calls.count(("read", path)) > 1
+    async with host("host-a", trouble=trouble) as (a, _):
+        heir = a.backend
+        assert isinstance(heir, PaxosBackend)
+        answers = []
+        with trio.fail_after(LATER):
+            while GrantLost not in answers:
+                try:
+                    await heir.adopt(grant.image, grant.mode, a.holder(grant.mode), [], grant.token)
+                except (LockUnavailable, GrantLost) as error:
+                    answers.append(type(error))
+                await trio.sleep(0.05)
+        assert boottime() - begin < FENCE + 0.5
