@@ -15,16 +15,18 @@ import enum
 import errno
 import importlib
 import os
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Protocol, cast
 
-from lockfs.errors import LockfsError, LockUnavailable, UsageError
+from lockfs.errors import Denied, LockfsError, LockUnavailable, UsageError
 from lockfs.linux.deadline import Deadline
 from lockfs.text import from_bytes
 
 if TYPE_CHECKING:
+    import argparse
+
     from lockfs.options import Option
 
 ENTRY_POINTS = "lockfs.backends"
@@ -116,13 +118,19 @@ class Grant:
 class Host:
     """One host that shares locks: its name, its state and when it was last seen.
 
-    States are ``live``, ``failing``, ``dead`` and ``free``.
+    States are ``live``, ``failing`` (it has not renewed in time, but might still write), ``dead`` (others may take what
+    it held), ``free`` (it has left) and ``unknown`` (it was not watched for long enough).  `last_seen` is wall-clock
+    time, for people.  `number` is its host id where the backend has such, else 0; `here` is true for this host.
     """
 
     name: str
     state: str
     last_seen: float | None = None
     detail: str = ""
+    number: int = 0
+    here: bool = False
+    holds: Sequence[str] = ()
+    """What it holds, as far as this host can tell: paths, or the names of leases."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,12 +157,13 @@ class Backend(Protocol):
     excludes: bool
     """False for a backend that grants everything; then lockd refuses nobody on this host either."""
 
-    deadline: Deadline | None
-    """Until when all grants are safe, for locks that expire unless they are renewed; None for others.
+    @property
+    def deadline(self) -> Deadline | None:
+        """Until when all grants are safe, for locks that expire unless they are renewed; None for others.
 
-    Set before `start` returns, and moved whenever the locks were renewed.  Where data goes through the mount daemon, no
-    write begins later.  What `lost` yields has to come before its `Deadline.lost`.
-    """
+        There when `start` returns, and moved whenever the locks were renewed.  Where data goes through the mount daemon,
+        no write begins while it is late; when it is lost they fail.
+        """
 
     async def start(self) -> None:
         """Check that the share can keep the promise, and begin.  Raises `LockfsError` if it cannot."""
@@ -182,7 +191,14 @@ class Backend(Protocol):
         return the grant, and tell by `lost` if it turns out not to be safe.
 
         What the last lockd was granted and nobody takes up is free: locks in descriptors are gone with these; a backend
-        that has written them to the storage gives them back when `acquire` is called next, or sooner.
+        that has written them to the storage gives them back when `acquire` is called next, or by `inherit`.
+        """
+
+    async def inherit(self) -> None:
+        """Take note that all has been taken up of what the last lockd of this host was granted and is still in use.
+
+        The rest is free: a backend that has written it to the storage gives it back now.  Not called where lockd cannot
+        know for sure.
         """
 
     async def convert(self, grant: Grant, mode: Mode, holder: Holder) -> None:
@@ -197,8 +213,38 @@ class Backend(Protocol):
     async def hosts(self) -> Sequence[Host]:
         """List the hosts that share locks, as far as the backend knows."""
 
+    async def confirm_dead(self, host: str) -> str:
+        """Take an admin's word that a host (its name, or its number) is dead, so that what it held is free at once.
+
+        Return its name.  Raises `Denied` if there is no such host, if it is seen to live, and from a backend that
+        judges no hosts.  May take as long as a live host needs to show itself.
+        """
+
     def lost(self) -> AsyncIterator[Grant]:
         """Yield each grant that is no longer safe to write under.  Never ends before `stop`."""
+
+    async def fenced(self, grant: Grant) -> None:
+        """Take note that nobody on this host can write any more under a grant that was lost.
+
+        It stays a grant until it is released, which is when all have closed the image.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """A command that a backend adds to ``lockfs``.
+
+    `arguments` is ``module:callable``; the callable is given an `argparse.ArgumentParser`, adds what it needs, and sets
+    the default ``run`` to what takes the parsed arguments and returns the exit code.
+    """
+
+    name: str
+    summary: str
+    arguments: str
+
+    def fill(self, parser: argparse.ArgumentParser) -> None:
+        """Import the command and let it add its arguments to *parser*."""
+        _named(self.arguments)(parser)
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,11 +258,16 @@ class Spec:
     summary: str
     factory: str
     options: Sequence[Option] = field(default=())
+    commands: Sequence[Command] = field(default=())
 
     def load(self, context: Context) -> Backend:
         """Import the backend and make one for a share."""
-        module, _, attribute = self.factory.partition(":")
-        return cast(Backend, getattr(importlib.import_module(module), attribute)(context))
+        return cast(Backend, _named(self.factory)(context))
+
+
+def _named(where: str) -> Callable[..., object]:
+    module, _, attribute = where.partition(":")
+    return cast("Callable[..., object]", getattr(importlib.import_module(module), attribute))
 
 
 def installed() -> dict[str, str]:
@@ -236,7 +287,18 @@ def find(name: str) -> Spec:
     raise UsageError(f"unknown backend '{from_bytes(os.fsencode(name))}'", hint=f"Installed backends: {names}.")
 
 
+def commands() -> list[Command]:
+    """Return the commands of all installed backends; one that does not load has none."""
+    found: list[Command] = []
+    for name in sorted(installed()):
+        try:
+            found += find(name).commands
+        except UsageError:
+            continue
+    return found
+
+
 __all__ = [
-    "UNKNOWN_HOST", "Backend", "Busy", "Context", "Grant", "GrantLost", "Holder", "Host", "Image", "LockUnavailable",
-    "Mode", "Spec", "find", "installed",
+    "UNKNOWN_HOST", "Backend", "Busy", "Command", "Context", "Denied", "Grant", "GrantLost", "Holder", "Host",
+    "Image", "LockUnavailable", "Mode", "Spec", "commands", "find", "installed",
 ]  # fmt: skip

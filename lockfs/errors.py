@@ -46,6 +46,10 @@ class UsageError(LockfsError):
     exit_code = EXIT_USAGE
 
 
+class Denied(UsageError):
+    """Something that an admin asked for and that must not, or cannot, be done; nothing has changed."""
+
+
 class MountError(LockfsError):
     """A mount that cannot keep its promise, and so does not come up."""
 

@@ -18,11 +18,11 @@ from typing import TypeVar
 import trio
 
 from lockfs import text
-from lockfs.backend import UNKNOWN_HOST, Busy, Context, Grant, GrantLost, Holder, Host, Image, Mode
+from lockfs.backend import UNKNOWN_HOST, Busy, Context, Denied, Grant, GrantLost, Holder, Host, Image, Mode
+from lockfs.cards import Cards
 from lockfs.errors import MountError
 from lockfs.linux import mountinfo, ofd
 from lockfs_fcntl_lockd import lockspace, preflight
-from lockfs_fcntl_lockd.cards import Cards
 from lockfs_fcntl_lockd.errors import unavailable
 
 START, LENGTH = lockspace.START, lockspace.LENGTH
@@ -123,6 +123,9 @@ class FcntlBackend:
             raise GrantLost(f"the lock on {path} has become one that others may share")
         return Grant(image, Mode.EXCLUSIVE if exclusive else Mode.SHARED, keep=list(keep))
 
+    async def inherit(self) -> None:
+        """Locks in descriptors are gone with these."""
+
     async def convert(self, grant: Grant, mode: Mode, holder: Holder) -> None:
         """Change the lock in one step: nobody gets in between."""
 
@@ -161,7 +164,14 @@ class FcntlBackend:
 
     async def hosts(self) -> Sequence[Host]:
         """Locks have no list of hosts: this one is known."""
-        return [Host(self._context.host, "live", time.time())]
+        return [Host(self._context.host, "live", time.time(), here=True)]
+
+    async def confirm_dead(self, host: str) -> str:
+        """The filesystem alone says when the locks of a host are free."""
+        raise Denied(
+            "the backend fcntl-lockd does not judge whether hosts live",
+            hint="The shared filesystem frees the locks of a host that died: see what its server says.",
+        )
 
     async def lost(self) -> AsyncIterator[Grant]:
         """Nothing tells that a filesystem has dropped a lock."""
@@ -169,6 +179,9 @@ class FcntlBackend:
         nothing: Sequence[Grant] = ()
         for grant in nothing:
             yield grant
+
+    async def fenced(self, grant: Grant) -> None:
+        """Nothing is ever lost."""
 
     # In threads ------------------------------------------------------------------------------
 

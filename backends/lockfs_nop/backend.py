@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Sequence
 
 import trio
 
-from lockfs.backend import Context, Grant, Holder, Host, Image, Mode
+from lockfs.backend import Context, Denied, Grant, Holder, Host, Image, Mode
 
 
 class NopBackend:
@@ -33,6 +33,9 @@ class NopBackend:
         """Grant it: what is never kept is always there."""
         return Grant(image, mode)
 
+    async def inherit(self) -> None:
+        """Nothing is ever kept."""
+
     async def convert(self, grant: Grant, mode: Mode, holder: Holder) -> None:
         """Grant it in the other mode."""
         grant.mode = mode
@@ -48,9 +51,16 @@ class NopBackend:
         """No other host is known."""
         return ()
 
+    async def confirm_dead(self, host: str) -> str:
+        """No host is judged."""
+        raise Denied("the backend nop does not judge whether hosts live", hint="It keeps nobody out.")
+
     async def lost(self) -> AsyncIterator[Grant]:
         """What is never kept is never lost."""
         await self._stopped.wait()
         nothing: Sequence[Grant] = ()
         for grant in nothing:
             yield grant
+
+    async def fenced(self, grant: Grant) -> None:
+        """Nothing is ever lost."""

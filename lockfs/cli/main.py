@@ -8,9 +8,10 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from typing import NoReturn
 
-from lockfs import __version__
+from lockfs import __version__, backend
 from lockfs.errors import EXIT_INTERRUPTED, EXIT_OK, LockfsError, UsageError
 from lockfs.protocol.start import run_dir
 
@@ -28,7 +29,7 @@ class Parser(argparse.ArgumentParser):
 def main() -> int:
     """Run the command and return its exit code."""
     try:
-        code = _run(parser().parse_args())
+        code = _run(parser(sys.argv[1:]).parse_args())
         sys.stdout.flush()
         return code
     except LockfsError as error:
@@ -42,8 +43,8 @@ def main() -> int:
         return EXIT_INTERRUPTED
 
 
-def parser() -> argparse.ArgumentParser:
-    """Return the parser of the command line."""
+def parser(words: Sequence[str]) -> argparse.ArgumentParser:
+    """Return the parser of a command line of these words: commands of backends load only if they are among them."""
     common = Parser(add_help=False)
     common.add_argument(
         "--run-dir", default=argparse.SUPPRESS, metavar="DIR", help="run directory of lockd (default: LOCKFS_RUN_DIR)"
@@ -78,14 +79,33 @@ def parser() -> argparse.ArgumentParser:
         "If this version cannot read what they have written down, nothing is touched.",
     )
     upgrade.add_argument("--check", action="store_true", help="only see whether this version could take over")
+    hosts = commands.add_parser("hosts", parents=[common, shown], help="show the hosts that share locks with this one")
+    doing = hosts.add_subparsers(dest="action", metavar="ACTION")
+    dead = doing.add_parser(
+        "confirm-dead",
+        parents=[common, shown],
+        help="say that a host is dead: what it held is free at once",
+        description="Say that a host is dead, so that what it held is free now. Only you can know: if it still runs, "
+        "two hosts write to one image. It is watched for a while, and refused if it is seen to live.",
+    )
+    dead.add_argument("host", help="its name or number, as `lockfs hosts` shows it")
+    dead.add_argument("--source", default="", metavar="DIR", help="only for this source directory")
+    dead.add_argument("--reason", default="", metavar="TEXT", help="why you are sure, for the log")
     options = commands.add_parser("options", parents=[common], help="list the mount options")
     options.add_argument("backend", nargs="?", default="", metavar="BACKEND", help="only those of this backend")
     options.add_argument("--markdown", action="store_true", help="print a Markdown table")
+    if not commands.choices.keys() & set(words):
+        for each in backend.commands():
+            added = commands.add_parser(each.name, help=each.summary, description=each.summary)
+            if each.name in words:
+                each.fill(added)
     return top
 
 
 def _run(arguments: argparse.Namespace) -> int:
     # Each command imports what it needs: most take no event loop, and a question should be answered at once.
+    if "run" in arguments:
+        return int(arguments.run(arguments))
     directory = getattr(arguments, "run_dir", None) or run_dir()
     match arguments.command:
         case "who":
@@ -100,6 +120,14 @@ def _run(arguments: argparse.Namespace) -> int:
             from lockfs.cli import show
 
             return show.locks(directory, as_json=arguments.json)
+        case "hosts":
+            from lockfs.cli import hosts
+
+            if arguments.action is None:
+                return hosts.run(directory, as_json=arguments.json)
+            return hosts.confirm_dead(
+                arguments.host, arguments.source, arguments.reason, directory, as_json=arguments.json
+            )
         case "fence":
             from lockfs.cli import fence
 

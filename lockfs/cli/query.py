@@ -11,11 +11,15 @@ import trio
 from lockfs.errors import LockUnavailable, UsageError
 from lockfs.protocol.client import LockdClient
 from lockfs.protocol.messages import (
+    ConfirmDead,
+    ConfirmedDead,
     Fence,
     Fenced,
     FenceResult,
     FenceTarget,
     GetStatus,
+    HostList,
+    Hosts,
     LockInfo,
     Replace,
     Replaced,
@@ -31,6 +35,13 @@ UPGRADE_TIMEOUT = 60.0
 """Seconds for a new version to look at the state, or for a mount daemon to be replaced; both take about one."""
 FENCE_TIMEOUT = 60.0
 """Seconds for a fence, which takes one or two; also of thousands of images on a host in trouble."""
+
+STORAGE_ANSWER_TIMEOUT = 20.0
+"""Seconds for a question that needs storage, for which lockd itself waits no longer than ten."""
+CONFIRM_TIMEOUT = 600.0
+"""Seconds for lockd to see whether a host lives that is said to be dead: one and a half of its renewals, with sanlock's
+longest io_timeout somewhat less than 800; nobody uses that.
+"""
 
 T = TypeVar("T")
 
@@ -75,6 +86,26 @@ def replace(run_dir: str, mount_id: str) -> bool:
         return replaced.done
 
     return bool(_ask(run_dir, ask, UPGRADE_TIMEOUT))
+
+
+def hosts(run_dir: str) -> HostList | None:
+    """Return the hosts that share locks with this one, or None if no lockd runs.  Raises `LockfsError`."""
+
+    async def ask(client: LockdClient) -> HostList:
+        found, _ = await client.call(Hosts(), HostList)
+        return found
+
+    return _ask(run_dir, ask, STORAGE_ANSWER_TIMEOUT)
+
+
+def confirm_dead(run_dir: str, host: str, source: str, reason: str) -> ConfirmedDead | None:
+    """Tell lockd that a host is dead; None if none runs.  Raises `LockfsError`."""
+
+    async def ask(client: LockdClient) -> ConfirmedDead:
+        done, _ = await client.call(ConfirmDead(host, source, reason), ConfirmedDead)
+        return done
+
+    return _ask(run_dir, ask, CONFIRM_TIMEOUT)
 
 
 async def _status(client: LockdClient) -> Status:

@@ -116,6 +116,11 @@ class Claims:
             del self._claims[claim.mount_id]
         self._tell()
 
+    async def settled(self) -> None:
+        """Wait until all claims are settled; for ever where some of what the predecessor wrote cannot be read."""
+        while self._claims or self._blind_until:
+            await self._changed.wait()
+
     def orphan(self, claim: Claim) -> None:
         """The daemon of this mount is dead, and its connection with it."""
         claim.orphaned = True

@@ -22,6 +22,7 @@ from functools import partial
 import trio
 
 from lockfs.backend import Grant
+from lockfs.errors import LockfsError
 from lockfs.linux import fuseinode
 from lockfs.lockd.attachment import Attachment
 from lockfs.lockd.events import Events
@@ -72,7 +73,19 @@ class Fencer:
         lost, self._lost = self._lost, {}
         async with trio.open_nursery() as nursery:
             for why, locks in lost.items():
-                nursery.start_soon(self.fence, locks, why)
+                nursery.start_soon(self._fence_and_tell, locks, why)
+
+    async def _fence_and_tell(self, locks: Sequence[Lock], why: str) -> None:
+        """Fence, and tell the backend that others may get the images now: nobody here can write to them any more."""
+        targets = await self.fence(locks, why)
+        for lock in locks:
+            certain = all(target.result().fenced for target in targets if target.lock is lock)
+            if not certain or lock.grant is None:
+                continue
+            try:
+                await lock.share.backend.fenced(lock.grant)
+            except LockfsError as error:
+                log.warning("%s: %s", lock.share.source, error.message)
 
     async def fence_these(self, images: Sequence[FenceTarget], reason: str) -> list[FenceResult]:
         """Fence the images that an admin names; return what became of each, in their order."""

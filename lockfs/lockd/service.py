@@ -17,6 +17,7 @@ import lockfs
 from lockfs import text
 from lockfs.backend import Holder, Image, Mode
 from lockfs.errors import LockUnavailable
+from lockfs.lockd import hosts
 from lockfs.lockd.descriptor import Descriptor
 from lockfs.lockd.events import Events
 from lockfs.lockd.fence import Fencer
@@ -146,6 +147,11 @@ class Service:
                 return Answer(messages.Replaced(await self._shares.replace_daemon(request.mount_id)))
             case messages.Fence():
                 return Answer(messages.Fenced(await self._fencer.fence_these(request.images, request.reason)))
+            case messages.Hosts():
+                return Answer(await hosts.listed(self._shares.all(), request.source))
+            case messages.ConfirmDead():
+                shares = self._shares.all()
+                return Answer(await hosts.confirm_dead(shares, request, client.pid, client.uid, self._events))
             case messages.ListLocks():
                 return Answer(self._list(request.after))
             case messages.GetStatus():

@@ -82,6 +82,10 @@ class Shares:
             raise UnknownMount(mount_id)
         return mounted
 
+    def all(self) -> list[Share]:
+        """Return the shares that are open."""
+        return list(self._shares.values())
+
     def is_back(self, mount_id: str) -> bool:
         """Say whether a mount of the last lockd has come back."""
         there = self.mounts.get(mount_id)
@@ -186,13 +190,22 @@ class Shares:
             top.close()
             raise
         self._shares[identity] = share
-        self._nursery.start_soon(self._heed_losses, share)
+        self._nursery.start_soon(self._attend, share)
         return share
 
-    async def _heed_losses(self, share: Share) -> None:
+    async def _attend(self, share: Share) -> None:
         with share.ended:
-            async for grant in share.backend.lost():
-                self._fencer.lose(share, grant)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._inherit, share)
+                async for grant in share.backend.lost():
+                    self._fencer.lose(share, grant)
+
+    async def _inherit(self, share: Share) -> None:
+        await self._succession.claims.settled()
+        try:
+            await share.storage.finish(share, lambda _: share.backend.inherit())
+        except LockfsError as error:
+            log.warning("what the last lockd held on %s could not be given back: %s", share.source, error)
 
     def attach(self, mounted: Mounted, call: messages.Attach, root_fd: int, fuse_fd: int) -> None:
         """Keep the root and the connection of a mount; the descriptors are lockd's from here on.

@@ -7,7 +7,7 @@ import errno
 import msgspec
 
 from lockfs.backend import Busy, Holder
-from lockfs.errors import LockfsError, LockUnavailable, MountError, UsageError
+from lockfs.errors import Denied, LockfsError, LockUnavailable, MountError, UsageError
 from lockfs.protocol import messages, varlink
 
 
@@ -62,6 +62,8 @@ def _to_wire(error: LockfsError) -> tuple[str, msgspec.Struct]:
             return "NotHeld", messages.NotHeldError(error.dev, error.ino)
         case MountError():
             return "Refused", messages.RefusedError(error.message, error.hint)
+        case Denied():
+            return "Denied", messages.DeniedError(error.message, error.hint)
         case _:
             return "Unavailable", messages.UnavailableError(str(error))
 
@@ -84,6 +86,8 @@ def from_wire(name: str, raw: msgspec.Raw) -> LockfsError:
             return HeldError(holder.holder(), here=holder.here)
         case messages.RefusedError(reason=reason, hint=hint):
             return MountError(reason, hint=hint)
+        case messages.DeniedError(reason=reason, hint=hint):
+            return Denied(reason, hint=hint)
         case messages.UnknownMountError(mount_id=mount_id):
             return UnknownMount(mount_id)
         case messages.NotHeldError(dev=dev, ino=ino):

@@ -512,13 +512,66 @@ class Status(msgspec.Struct, frozen=True):
     locks: int
 
 
+class Hosts(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Ask for the hosts that share locks with this one; of one source directory only, if it is named."""
+
+    source: str = ""
+
+
+class HostInfo(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A host, and how it is judged: ``live``, ``failing``, ``dead``, ``free`` or ``unknown``.
+
+    `number` is its host id, 0 where there are none.  `last_seen` is 0 if it is not known.  `holds` says what it holds,
+    as far as this host can tell; `here` is true for this host.
+    """
+
+    name: str
+    state: str
+    number: int = 0
+    last_seen: float = 0.0
+    detail: str = ""
+    holds: list[str] = []
+    here: bool = False
+
+
+class ShareHosts(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The hosts of one source directory.  With a `problem` they could not be asked for."""
+
+    source: str
+    backend: str
+    hosts: list[HostInfo] = []
+    problem: str = ""
+
+
+class HostList(msgspec.Struct, frozen=True):
+    shares: list[ShareHosts]
+
+
+class ConfirmDead(msgspec.Struct, frozen=True, omit_defaults=True):
+    """An admin answers for it that a host, by name or number, is dead: what it held is free at once.
+
+    Without *source* it is meant wherever that host is known.
+    """
+
+    host: str
+    source: str = ""
+    reason: str = ""
+
+
+class ConfirmedDead(msgspec.Struct, frozen=True):
+    """Where it was done: source directories."""
+
+    host: str
+    sources: list[str]
+
+
 class Watch(msgspec.Struct, frozen=True):
     """Ask for events from now on; one that reads them too slowly loses its connection."""
 
 
 class Event(msgspec.Struct, frozen=True, omit_defaults=True):
     """One thing that happened: ``acquired``, ``released``, ``refused``, ``lost``, ``fenced``, ``mounted``,
-    ``unmounted``, ``daemon-restarted``, ``daemon-gone``.
+    ``unmounted``, ``daemon-restarted``, ``daemon-gone``, ``confirmed-dead``.
 
     The first one of a `Watch` is ``watching``: what happens after it will be told.
     """
@@ -555,6 +608,13 @@ class RefusedError(msgspec.Struct, frozen=True):
     hint: str = ""
 
 
+class DeniedError(msgspec.Struct, frozen=True):
+    """What was asked for must not or cannot be done; nothing has changed."""
+
+    reason: str
+    hint: str = ""
+
+
 class UnknownMountError(msgspec.Struct, frozen=True):
     """No such mount is registered, or another process registered it."""
 
@@ -586,6 +646,8 @@ METHODS: dict[str, tuple[type[msgspec.Struct], type[msgspec.Struct]]] = {
     "Orders": (Orders, Order),
     "Obeyed": (Obeyed, Noted),
     "Fence": (Fence, Fenced),
+    "Hosts": (Hosts, HostList),
+    "ConfirmDead": (ConfirmDead, ConfirmedDead),
     "HandOver": (HandOver, HandedOver),
     "Upgrade": (Upgrade, Upgrading),
     "Replace": (Replace, Replaced),
@@ -596,6 +658,7 @@ ERRORS: dict[str, type[msgspec.Struct]] = {
     "Busy": BusyError,
     "Unavailable": UnavailableError,
     "Refused": RefusedError,
+    "Denied": DeniedError,
     "UnknownMount": UnknownMountError,
     "NotHeld": NotHeldError,
 }

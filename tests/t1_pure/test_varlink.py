@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lockfs.backend import Holder, Mode
-from lockfs.errors import LockfsError, LockUnavailable, MountError
+from lockfs.errors import Denied, LockfsError, LockUnavailable, MountError
 from lockfs.protocol import errors, interface, messages, varlink
 
 
@@ -121,7 +121,7 @@ HOLDER = Holder("h", Mode.SHARED, 7, "qemu", "vm1", 3.5, "/x", 9)
 @pytest.mark.parametrize(
     "error",
     [errors.HeldError(HOLDER, here=True), errors.HeldError(HOLDER, here=False), LockUnavailable("why"),
-     MountError("why", hint="what to do"), errors.UnknownMount("m"), errors.NotHeld(1, 2)],
+     MountError("why", hint="what to do"), Denied("why", hint="what to do"), errors.UnknownMount("m"), errors.NotHeld(1, 2)],
 )  # fmt: skip
 def test_an_error_comes_back_as_what_it_was(error: LockfsError) -> None:
     name, parameters = errors.to_wire(error)

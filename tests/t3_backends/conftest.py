@@ -19,14 +19,22 @@ def lockspace(tmp_path: Path) -> Path:
     return directory
 
 
-@pytest.fixture(params=["direct", "lockspace", "lockspace-inode"])
-def open_host(request: pytest.FixtureRequest, storage: Path, lockspace: Path) -> Open:
-    """Start hosts on one share, with each way of fcntl-lockd."""
+@pytest.fixture(params=["direct", "lockspace", "lockspace-inode", "paxos-lease"])
+def way(request: pytest.FixtureRequest) -> str:
+    """A backend that excludes, and how it is used."""
+    return str(request.param)
+
+
+@pytest.fixture
+def open_host(way: str, storage: Path, lockspace: Path, tmp_path: Path) -> Open:
+    """Start hosts on one share, with each way of each backend."""
+    if way == "paxos-lease":
+        return partial(station, share=storage, name=way, options={"takeover": "8"}, run_dirs=tmp_path / "run")
     options = {
         "direct": {},
         "lockspace": {"lockspace": str(lockspace), "key": "path"},
         "lockspace-inode": {"lockspace": str(lockspace), "key": "inode"},
-    }[request.param]
+    }[way]
     return partial(station, share=storage, name="fcntl-lockd", options=options)
 
 

@@ -55,8 +55,13 @@ async def station(
     *,
     fstype: str = "ext4",
     fsoptions: dict[str, str] | None = None,
+    run_dirs: Path | None = None,
+    load: Callable[[Context], Backend] | None = None,
 ) -> AsyncIterator[Station]:
-    """Start a backend as lockd does, and stop it at the end."""
+    """Start a backend as lockd does, and stop it at the end.  Each host has a run directory below *run_dirs*.
+
+    *load* makes the backend, if it is not to be made as lockd does.
+    """
     spec = find(name)
     source_fd = os.open(share, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -68,9 +73,9 @@ async def station(
             fsoptions=fsoptions or {},
             host=host,
             options=parse_options(spec, options),
-            run_dir="/nonexistent",
+            run_dir=str(run_dirs / host) if run_dirs else "/nonexistent",
         )
-        backend = spec.load(context)
+        backend = (load or spec.load)(context)
         await backend.start()
         made = Station(host, backend, share)
         try:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import trio
 
-from lockfs.backend import Busy, Grant, GrantLost, Holder, Host, Image, Mode
+from lockfs.backend import Busy, Denied, Grant, GrantLost, Holder, Host, Image, Mode
 from lockfs.errors import LockUnavailable
 from lockfs.linux.closer import Closer
 from lockfs.linux.deadline import Deadline
@@ -45,6 +45,8 @@ class FakeBackend:
     calls: list[str] = field(default_factory=list)
     granted: dict[int, Grant] = field(default_factory=dict)
     wrong: list[str] = field(default_factory=list)
+    inherited: trio.Event = field(default_factory=trio.Event)
+    others: Sequence[Host] = ()
     _busy: set[int] = field(default_factory=set)
     _losses: tuple[trio.MemorySendChannel[Grant], trio.MemoryReceiveChannel[Grant]] = field(
         default_factory=lambda: trio.open_memory_channel[Grant](10)
@@ -91,6 +93,9 @@ class FakeBackend:
         self.granted[image.ino] = Grant(image, mode, token, list(keep))
         return self.granted[image.ino]
 
+    async def inherit(self) -> None:
+        self.inherited.set()
+
     async def convert(self, grant: Grant, mode: Mode, holder: Holder) -> None:
         await self._call(f"convert {mode.value}", grant.image.ino)
         if grant.image.ino in self.elsewhere and mode is Mode.EXCLUSIVE:
@@ -108,7 +113,16 @@ class FakeBackend:
         return self.elsewhere.get(image.ino)
 
     async def hosts(self) -> Sequence[Host]:
-        return ()
+        return self.others
+
+    async def confirm_dead(self, host: str) -> str:
+        self.calls.append(f"confirm-dead {host}")
+        if host not in [other.name for other in self.others]:
+            raise Denied(f"there is no host '{host}'")
+        return host
+
+    async def fenced(self, grant: Grant) -> None:
+        self.calls.append(f"fenced {grant.image.ino}")
 
     def lose(self, grant: Grant) -> None:
         self._losses[0].send_nowait(grant)

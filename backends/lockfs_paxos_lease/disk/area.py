@@ -1,0 +1,147 @@
+"""One area of a file, in the engine's terms: reads, writes that are not issued too late, and knowing what is under way.
+
+Invariants:
+* The file is closed only when no call has to do with it any more: a thread that is about to make its system call must
+  not find another file under the same number.
+* A write counts as under way from before it is handed to a thread until that thread has come back from the kernel.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from typing import TypeVar
+
+import trio
+
+from lockfs_paxos_lease.disk.file import RawFile, Storage
+from lockfs_paxos_lease.disk.lane import Lane, Overdue
+from lockfs_paxos_lease.engine.actions import Clock, IOFailed, IOTimeout, NotIssued
+
+T = TypeVar("T")
+
+
+class _Use:
+    """How many calls have to do with a file, and how many of them write; safe to use from all threads."""
+
+    def __init__(self, close: Callable[[], None]) -> None:
+        self._lock = threading.Lock()
+        self._close = close
+        self._calls = 0
+        self._writes = 0
+        self._closing = False
+        self._token = trio.lowlevel.current_trio_token()
+        self._settled = trio.Event()
+        self._settled.set()
+
+    def begin(self, writes: bool) -> bool:
+        """Count a call; return False if the file is closed.  In the event loop only."""
+        with self._lock:
+            if self._closing:
+                return False
+            self._calls += 1
+            self._writes += writes
+        if writes and self._settled.is_set():
+            self._settled = trio.Event()
+        return True
+
+    def end(self, writes: bool) -> None:
+        """A call has come back.  In any thread."""
+        with self._lock:
+            self._calls -= 1
+            self._writes -= writes
+            settled = writes and not self._writes
+            last = self._closing and not self._calls
+        if settled:
+            try:
+                self._token.run_sync_soon(self._settle)
+            except trio.RunFinishedError:
+                pass  # nobody is left to wait for it
+        if last:
+            self._close()
+
+    def _settle(self) -> None:
+        with self._lock:
+            if not self._writes:
+                self._settled.set()
+
+    def close(self) -> bool:
+        """Let no call begin any more.  Return True if the file can be closed now; else the last call does it."""
+        with self._lock:
+            first, self._closing = not self._closing, True
+            return first and not self._calls
+
+    async def settled(self) -> None:
+        """Wait until no write is under way."""
+        while True:
+            await self._settled.wait()
+            with self._lock:
+                if not self._writes:
+                    return
+
+
+class AreaIO:
+    """An area that begins at *start* of an open file.  *where* names it in messages."""
+
+    def __init__(self, file: RawFile, lane: Lane, clock: Clock, where: str, start: int = 0) -> None:
+        self.where = where
+        self._file = file
+        self._lane = lane
+        self._clock = clock
+        self._start = start
+        self._use = _Use(file.close)
+
+    async def read(self, offset: int, length: int, timeout: float) -> bytes:
+        """Return *length* bytes.  Raises `IOFailed` and `IOTimeout`."""
+        return await self._call("read", lambda: self._file.read(self._start + offset, length), timeout, writes=False)
+
+    async def write(self, offset: int, data: bytes, timeout: float, not_after: float) -> None:
+        """Write whole sectors, unless the clock has passed *not_after*.  Raises what reads do, and `NotIssued`."""
+
+        def work() -> None:
+            now = self._clock()
+            if now > not_after:
+                raise NotIssued(f"{self.where}: a write was {now - not_after:.3f} s too late, and not issued")
+            self._file.write(self._start + offset, data)
+
+        await self._call("write", work, timeout, writes=True)
+
+    async def settle(self, timeout: float) -> None:
+        """Wait until no write to this area is under way.  Raises `IOTimeout`."""
+        with trio.move_on_after(timeout):
+            await self._use.settled()
+            return
+        raise IOTimeout(f"{self.where}: an earlier write still hangs")
+
+    async def close(self) -> None:
+        """Close the file as soon as nothing hangs in it.  The area is used no more."""
+        if self._use.close():
+            try:
+                await self._lane.call(self._file.close, 1.0)
+            except (Overdue, OSError):
+                pass  # the descriptor is gone, or goes when the thread comes back
+
+    async def _call(self, what: str, work: Callable[[], T], timeout: float, *, writes: bool) -> T:
+        if not self._use.begin(writes):
+            raise IOFailed(f"{self.where}: cannot {what}: it was closed")
+        try:
+            return await self._lane.call(work, timeout, ended=lambda: self._use.end(writes))
+        except Overdue as error:
+            if writes and not error.begun:
+                raise IOFailed(f"{self.where}: cannot {what}: {error}") from error
+            raise IOTimeout(f"{self.where}: cannot {what}: {error}") from error
+        except OSError as error:
+            raise IOFailed(f"{self.where}: cannot {what}: {error.strerror}") from error
+
+
+async def open_area(
+    storage: Storage, lane: Lane, clock: Clock, path: str, *, dir_fd: int | None = None, start: int = 0, timeout: float
+) -> AreaIO:
+    """Open the file that an area lies in.  Raises OSError, and `IOTimeout`."""
+    where = os.fsdecode(path)
+    try:
+        file = await lane.call(lambda: storage.open(path, dir_fd), timeout, undo=lambda file: file.close())
+    except Overdue as error:
+        raise IOTimeout(f"{where}: cannot open it: {error}") from error
+    return AreaIO(file, lane, clock, where, start)

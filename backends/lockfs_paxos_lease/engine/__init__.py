@@ -1,0 +1,14 @@
+"""The protocol of `paxos-lease`, without I/O: state machines over *read sectors, write sector, time passed*.
+
+Nothing here imports trio or os, sleeps, or looks at a clock of its own; `engine.actions` says how it is driven.
+
+=============  =========================================================================================
+`actions`      what an operation asks of the world, and what it may be told
+`errors`       how an operation ends when it does not succeed
+`timing`       every delay, interval and time-out
+`hosts`        what this host has seen of the others: the watch, and who is dead
+`membership`   this host's own delta lease: join, resume, renew, leave
+`ballot`       one ballot of disk paxos
+`lease`        one paxos lease: acquire, release, convert, requests
+=============  =========================================================================================
+"""

@@ -1,0 +1,11 @@
+"""A deterministic simulator of `paxos-lease`: the production engine of many hosts on virtual disks, in virtual time.
+
+`run --seeds N` runs seeds; a failing one prints how to replay it.
+
+    world      virtual time, events, the driver of operations, and what the storage does to each I/O
+    station    a lockfs host: lockd (the engine), its VMs, and what befalls it
+    reference  a sanlock host, from the description of its algorithms, sharing nothing with the engine
+    checker    sees every write that lands and every write of a VM, and says who was allowed
+    scenario   one seed: what kind of cluster, what faults, for how long
+    mutants    deliberate bugs, which the checker must catch
+"""

@@ -1,0 +1,124 @@
+"""Deliberate bugs of the engine, each a change of one place in its source, which the simulator must catch.
+
+A mutant is put into the running code: the function is compiled again from its source with one text in it replaced, and
+keeps its identity.  A text that is not there exactly once means that the engine has changed and the mutant must, too.
+"""
+
+from __future__ import annotations
+import __future__
+
+import inspect
+import textwrap
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import CodeType
+from typing import Any
+
+from lockfs_paxos_lease.engine import area, ballot, lease, membership, owner, timing
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One bug: in `function`, `old` becomes `new`.  `seed` is the first that caught it when it was last looked for."""
+
+    function: Callable[..., Any]
+    old: str
+    new: str
+    seed: int
+    what: str
+
+    def apply(self) -> CodeType:
+        """Put the bug in.  Return what was there before."""
+        function = self.function
+        source = textwrap.dedent(inspect.getsource(function))
+        if source.count(self.old) != 1:
+            raise ValueError(f"{function.__qualname__} has {self.old!r} {source.count(self.old)} times")
+        names: dict[str, Any] = {}
+        mutated = compile(
+            source.replace(self.old, self.new), f"<mutant of {function.__qualname__}>", "exec",
+            __future__.annotations.compiler_flag,
+        )  # fmt: skip
+        exec(mutated, function.__globals__, names)
+        before: CodeType = function.__code__  # type: ignore[attr-defined]
+        function.__code__ = names[function.__name__].__code__  # type: ignore[attr-defined]
+        return before
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Have the bug in for a while."""
+        before = self.apply()
+        try:
+            yield
+        finally:
+            self.function.__code__ = before  # type: ignore[attr-defined]
+
+
+MUTANTS = {
+    "skip-reread": Mutant(
+        owner.await_end, "(record.timestamp != stamp or fresh)", "fresh", -1,
+        "who waits for the death of an owner does not look whether its record changes again",
+    ),
+    "forget-generation": Mutant(
+        membership.Membership.join, "found.owner_generation + 1", "max(found.owner_generation, 1)", -1,
+        "a new incarnation is not told from the one before",
+    ),
+    "renew-after-l": Mutant(
+        membership.Membership.check, "self.clock() >= self.valid_until", "False", -1,
+        "a lease that has run out is renewed, and used",
+    ),
+    "count-from-after": Mutant(
+        membership.Membership._write_renewal, "False, now", "False, self.clock()", -1,
+        "the own lease counts from after the write that renewed it",
+    ),
+    "zero-own-block": Mutant(
+        lease.Lease._withdraw, "replace(self._block, flags=RELEASED)", "Dblock(flags=RELEASED)", -1,
+        "who gives up zeroes its ballot block",
+    ),
+    "ignore-released": Mutant(
+        owner._gave_back, "block.is_released and", "False and", -1,
+        "a lease that its owner has given back in its own block only stays taken",
+    ),
+    "early-takeover": Mutant(
+        timing.Timing.dead_after, "self.own_dead or 8 * ((stored & _MASK) or self.io_timeout) + WATCHDOG",
+        "self.live_for(stored)", -1,
+        "a host is dead one margin early",
+    ),
+    "skip-phase-2-read": Mutant(
+        lease.Lease._run, "return ballot.settled((yield from self.area.read_ballot(ballot.num_hosts)))",
+        "return Value.of(ballot.block)", -1,
+        "a ballot is settled without a look at the others after phase 2",
+    ),
+    "no-deadline": Mutant(
+        area.LeaseArea._write, "until = min(not_after, self.membership.valid_until)", "until = float('inf')", -1,
+        "a lease is written although the own one has run out between the decision and the write",
+    ),
+    "ignore-sharers": Mutant(
+        lease.Lease._outlive, "if hosts.holds_on(host_id, mode.generation):", "if False:", -1,
+        "an exclusive acquire does not care for who shares",
+    ),
+    "commit-stranger": Mutant(
+        lease.Lease._commit, "ours = value == attempt.wish", "ours = True", -1,
+        "a ballot that settles somebody else's value counts as won",
+    ),
+    "choose-own-wish": Mutant(
+        ballot.Ballot.promised, "value = Value.of(best) if best.bal else self.wish", "value = self.wish", -1,
+        "a ballot proposes its own wish although somebody has proposed another one",
+    ),
+    "ignore-higher-ballots": Mutant(
+        ballot.Ballot._blocks, "if block.mbal > self.mbal:", "if False:", -1,
+        "a ballot goes on although somebody has begun a higher one",
+    ),
+    "no-settling": Mutant(
+        area.LeaseArea.quiet, "yield Settle(Area.LEASE, self.timing.io_timeout)", "yield from ()", -1,
+        "new writes are sent while an earlier one, given up, may still land",
+    ),
+    "trust-leader": Mutant(
+        lease.Lease._win, "behind = seen.version > cur.lver + 1", "behind, seen.version = False, cur.lver + 1", -1,
+        "a leader that a late write has set back is believed",
+    ),
+    "share-without-note": Mutant(
+        lease.Lease._share, "replace(self._block, flags=RELEASED), mode)", "replace(self._block, flags=RELEASED), NONE)", -1,
+        "a shared hold is not noted on the disk",
+    ),
+}  # fmt: skip

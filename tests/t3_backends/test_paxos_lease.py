@@ -1,0 +1,301 @@
+"""What is paxos-lease's own: host ids, takeover, loss, and what it leaves for a successor.  Hosts are real processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from lockfs_paxos_lease.format.leader import Leader
+from t3_backends.lease_process import LeaseHost
+
+TAKEOVER = 6.0
+"""Seconds.  L is half of it, and others take over after three quarters."""
+LATE = 10.0
+"""What a busy test machine may add."""
+
+Start = Callable[..., LeaseHost]
+
+
+@pytest.fixture
+def start(storage: Path, tmp_path: Path) -> Iterator[Start]:
+    """Start hosts; they are ended after the test."""
+    made: list[LeaseHost] = []
+
+    def begin(name: str, **options: str) -> LeaseHost:
+        host = LeaseHost(name, storage, tmp_path / "run", **{"takeover": f"{TAKEOVER:g}", **options})
+        made.append(host)
+        return host
+
+    yield begin
+    for host in made:
+        host.close()
+
+
+def acquire_within(host: LeaseHost, seconds: float) -> tuple[float, int]:
+    """Try until it has the image; return how long that took, and the token."""
+    begin = time.monotonic()
+    while True:
+        try:
+            token = host.call("acquire")
+        except RuntimeError as error:
+            if "Busy" not in str(error) or time.monotonic() > begin + seconds:
+                raise
+            time.sleep(0.05)
+        else:
+            return time.monotonic() - begin, token
+
+
+def joined_again(host: LeaseHost) -> None:
+    """Wait until a host that has lost its lease has joined as a new incarnation."""
+    deadline = time.monotonic() + TAKEOVER + LATE
+    while True:
+        try:
+            assert host.call("who")[1] == 2
+        except RuntimeError:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        else:
+            return
+
+
+# Host ids ----------------------------------------------------------------------------------------
+
+
+def test_each_host_gets_an_id_of_its_own_and_the_same_one_again(start: Start) -> None:
+    a, b = start("host-a"), start("host-b")
+    assert sorted([a.call("who"), b.call("who")]) == [[1, 1], [2, 1]]
+    before = b.call("who")
+    b.leave()
+    a.leave()
+    b = start("host-b")
+    assert b.call("who") == [before[0], 2]
+    assert [host[:2] for host in b.call("hosts")] == [["host-a", "free"], ["host-b", "live"]]
+
+
+def test_hosts_that_start_at_once_do_not_clash(start: Start) -> None:
+    with ThreadPoolExecutor() as pool:
+        hosts = list(pool.map(start, [f"host-{number}" for number in range(5)]))
+    assert sorted(host.call("who")[0] for host in hosts) == [1, 2, 3, 4, 5]
+
+
+def test_a_host_id_that_is_in_use_is_refused_with_the_name_of_who_uses_it(start: Start) -> None:
+    start("host-a", host_id="7")
+    with pytest.raises(RuntimeError) as caught:
+        start("host-b", host_id="7")
+    assert "host id 7 is in use by the host" in str(caught.value)
+    assert "host-a" in str(caught.value)
+
+
+def test_joining_a_free_id_takes_less_than_a_second(start: Start) -> None:
+    start("host-a").leave()  # the first one makes the lockspace
+    log = start("host-b").log.read_text()
+    joined = next(line for line in log.splitlines() if "joined as host id" in line)
+    assert float(joined.split()[0]) < 2000, log  # milliseconds since Python began, imports included
+
+
+def test_another_timing_is_refused(start: Start) -> None:
+    start("host-a")
+    with pytest.raises(RuntimeError, match="takeover=6, not with 16"):
+        start("host-b", takeover="16")
+    with pytest.raises(RuntimeError, match="takeover=6, not with sanlock's timing"):
+        start("host-b", takeover="sanlock")
+
+
+# Death -------------------------------------------------------------------------------------------
+
+
+def test_what_a_dead_host_held_is_had_in_time_and_not_before(start: Start) -> None:
+    a, b = start("host-a"), start("host-b")
+    first = a.call("acquire")
+    # The last renewal that b can have seen is no older than this.
+    killed = time.monotonic()
+    a.kill()
+    with pytest.raises(RuntimeError, match="Busy: host host-a, process 4711"):
+        b.call("acquire")
+    took, token = acquire_within(b, TAKEOVER + LATE)
+    assert token > first
+    assert time.monotonic() - killed > TAKEOVER / 4, "that was before host-a had to fence"
+    assert took < TAKEOVER + LATE
+    assert ["host-a", "dead"] in [host[:2] for host in b.call("hosts")]
+
+
+def test_what_a_host_held_that_an_admin_says_is_dead_is_had_at_once(start: Start) -> None:
+    """Long before it would be had by itself; and nobody is believed about a host that lives."""
+    a, b = start("host-a", takeover="24"), start("host-b", takeover="24")
+    a.call("acquire")
+    for host, why in (("host-a", "it lives"), ("host-b", "is this one"), ("host-c", "there is no host 'host-c'")):
+        with pytest.raises(RuntimeError, match=f"Denied: .*{why}"):
+            b.call("confirm-dead", image=host)
+    a.kill()
+    with pytest.raises(RuntimeError, match="Busy: host host-a"):
+        b.call("acquire")
+    assert b.call("confirm-dead", image="host-a") == "host-a"
+    b.call("acquire")
+    assert ["host-a", "dead"] in [host[:2] for host in b.call("hosts")]
+
+
+def test_a_lockd_that_is_killed_is_succeeded_under_the_same_id_and_generation(start: Start) -> None:
+    a, b = start("host-a"), start("host-b")
+    who, token = a.call("who"), a.call("acquire")
+    a.kill()
+    a = start("host-a")
+    assert a.call("who") == who
+    time.sleep(TAKEOVER)  # far longer than anybody would wait for a dead host
+    with pytest.raises(RuntimeError, match="Busy: host host-a"):
+        b.call("acquire")
+    # Its own lease of that incarnation is free for it.
+    assert a.call("acquire") > token
+    a.call("release")
+    b.call("acquire")
+
+
+def test_what_nobody_takes_up_is_given_back(start: Start) -> None:
+    a, b = start("host-a"), start("host-b")
+    for image in ("one", "two", "three"):
+        a.call("acquire", image=image)
+    a.call("acquire", image="shared", mode="shared")
+    a.kill()
+    a = start("host-a")
+    a.call("acquire", image="two")
+    for image in ("one", "three", "shared"):
+        with pytest.raises(RuntimeError, match="Busy: host host-a"):
+            b.call("acquire", image=image)
+    a.call("inherit")
+    for image in ("one", "three", "shared"):
+        b.call("acquire", image=image)
+    with pytest.raises(RuntimeError, match="Busy: host host-a"):
+        b.call("acquire", image="two")
+
+
+def test_a_host_that_comes_back_too_late_is_a_new_one_and_waits_for_those_who_may_still_write(start: Start) -> None:
+    a = start("host-a")
+    who = a.call("who")
+    a.call("acquire")
+    a.kill()
+    time.sleep(TAKEOVER / 2 + 0.5)
+    begin = time.monotonic()
+    a = start("host-a")
+    assert a.call("who") == [who[0], who[1] + 1]
+    assert time.monotonic() - begin > TAKEOVER * 3 / 4, "others would have waited longer"
+    a.call("acquire")
+
+
+def test_a_host_that_held_nothing_is_back_at_once(start: Start) -> None:
+    a = start("host-a")
+    a.call("acquire")
+    a.call("release")
+    a.kill()
+    time.sleep(TAKEOVER / 2 + 0.5)
+    begin = time.monotonic()
+    a = start("host-a")
+    assert time.monotonic() - begin < TAKEOVER * 3 / 4
+    assert a.call("who")[1] == 2
+
+
+def test_a_host_that_was_stopped_finds_its_lease_lost(start: Start) -> None:
+    a, b = start("host-a"), start("host-b")
+    a.call("acquire")
+    a.pause()
+    acquire_within(b, TAKEOVER + LATE)
+    a.go_on()
+    assert a.wait_for_loss()["lost"] == "img"
+    with pytest.raises(RuntimeError, match="LockUnavailable: cannot change the lock"):
+        a.call("convert", mode="shared")
+    a.call("release")
+    # What it has given back was not its own any more: the other one keeps it, also when this one has joined again.
+    joined_again(a)
+    with pytest.raises(RuntimeError, match="Busy: host host-b"):
+        a.call("acquire")
+    assert a.call("acquire", image="another") == 1
+
+
+# What it leaves ----------------------------------------------------------------------------------
+
+
+def state_files(tmp_path: Path, name: str) -> list[Path]:
+    return list((tmp_path / "run" / name / "paxos-lease").glob("*.json"))
+
+
+def test_the_state_says_what_a_successor_must_know(start: Start, tmp_path: Path, storage: Path) -> None:
+    a = start("host-a")
+    (file,) = state_files(tmp_path, "host-a")
+    said = json.loads(file.read_text())
+    assert [said["host_id"], said["generation"]] == a.call("who")
+    held = file.with_suffix(".held")
+    assert os.listdir(held) == []
+    a.call("acquire")
+    assert os.listdir(held) == [f"i-{(storage / 'img').stat().st_ino:x}"]
+    a.call("release")
+    assert os.listdir(held) == []
+    a.leave()
+    assert state_files(tmp_path, "host-a") == []
+
+
+def test_two_processes_of_one_host_do_not_share_an_id(start: Start) -> None:
+    start("host-a")
+    with pytest.raises(RuntimeError, match="another process on this host uses the lockspace"):
+        start("host-a")
+
+
+def test_a_clone_of_this_machine_is_found_out(start: Start, tmp_path: Path, storage: Path) -> None:
+    """The same identity, at work elsewhere: its state is not here."""
+    a = start("host-a")
+    a.call("acquire")
+    (file,) = state_files(tmp_path, "host-a")
+    for each in (file, Path(f"{file}.lock")):
+        each.rename(f"{each}.elsewhere")
+    with pytest.raises(RuntimeError, match="host id 1 is in use by the host"):
+        start("host-a")
+    assert a.call("who") == [1, 1]
+    a.call("release")
+    assert not a.losses
+
+
+def test_a_host_that_was_rebooted_is_back_soon_and_its_old_leases_are_free(
+    start: Start, tmp_path: Path, storage: Path
+) -> None:
+    a, b = start("host-a"), start("host-b")
+    host_id, _ = a.call("who")
+    a.call("acquire")
+    a.kill()
+    # What is different after a boot: nothing is left in the run directory, and the clock is behind what was written.
+    (file,) = state_files(tmp_path, "host-a")
+    shutil.rmtree(file.parent)
+    lockspace, sector = storage / ".lockfs" / "leases" / "lockspace", slice((host_id - 1) * 512, host_id * 512)
+    data = bytearray(lockspace.read_bytes())
+    record = Leader.decode(bytes(data[sector]))
+    data[sector] = replace(record, timestamp=record.timestamp + 10**9).encode().ljust(512, b"\0")
+    with lockspace.open("r+b") as there:
+        there.write(data)
+    begin = time.monotonic()
+    a = start("host-a")
+    assert a.call("who") == [host_id, 2]
+    assert a.call("acquire") == 2
+    assert time.monotonic() - begin < TAKEOVER * 3 / 4
+    with pytest.raises(RuntimeError, match="Busy: host host-a"):
+        b.call("acquire")
+
+
+@pytest.mark.skipif(not os.environ.get("LOCKFS_LONG"), reason="takes long: LOCKFS_LONG=1")
+def test_a_mount_does_not_wait_for_a_join_that_the_rules_delay(start: Start) -> None:
+    begin = time.monotonic()
+    a = start("host-a", takeover="sanlock", io_timeout="10")
+    assert time.monotonic() - begin < 10
+    with pytest.raises(RuntimeError, match=r"LockUnavailable: this host has no valid lease .* has not joined"):
+        a.call("acquire")
+    while True:
+        try:
+            a.call("acquire")
+        except RuntimeError:
+            assert time.monotonic() - begin < 40
+            time.sleep(0.5)
+        else:
+            break
+    assert time.monotonic() - begin > 20

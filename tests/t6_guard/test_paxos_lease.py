@@ -1,0 +1,106 @@
+"""Leases under a real mount: who gets what on two hosts, what a killed lockd and storage that hangs lead to."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from harness.actor import Actor
+from harness.host import Host, Mount
+from harness.waiting import wait_until
+
+TAKEOVER = 8.0
+LATER = 20.0
+OPTIONS = f"backend=paxos-lease,takeover={TAKEOVER:g},wait=0.2"
+
+
+@pytest.fixture
+def a(host: Host, storage: Path, tmp_path: Path) -> Mount:
+    return host.mount(storage, tmp_path / "a", OPTIONS)
+
+
+@pytest.fixture
+def b(host_b: Host, storage: Path, tmp_path: Path) -> Mount:
+    return host_b.mount(storage, tmp_path / "b", OPTIONS)
+
+
+def test_an_image_has_one_writer_on_all_hosts(a: Mount, b: Mount, storage: Path) -> None:
+    (storage / "img").write_text("content")
+    with Actor() as one, Actor() as other:
+        fd = one.call("open", a / "img", os.O_RDWR)
+        for call in (("open", os.O_WRONLY), ("open", os.O_RDWR | os.O_TRUNC), ("truncate", 0), ("unlink",)):
+            assert other.result(call[0], b / "img", *call[1:]) == "EBUSY"
+        assert other.call("cat", b / "img") == "content"
+        one.call("write", fd, "written", 0)
+        said = json.loads(other.call("getxattr", b / "img", "user.lockfs.holder"))
+        assert said["holders"][0]["host"] == "host-a"
+        one.call("close", fd)
+        assert other.result("open", b / "img", os.O_RDWR) == "ok"
+        assert one.result("open", a / "img", os.O_RDWR) == "EBUSY"
+    assert ".lockfs" not in os.listdir(a)
+
+
+def test_a_holder_that_is_killed_leaves_nothing_locked(a: Mount, b: Mount, storage: Path) -> None:
+    (storage / "img").write_text("content")
+    with Actor() as other:
+        with Actor() as one:
+            one.call("open", a / "img", os.O_RDWR)
+        wait_until(lambda: other.result("open", b / "img", os.O_RDWR) == "ok", LATER, "the image is free")
+
+
+def test_a_host_that_dies_is_succeeded_in_time(host: Host, a: Mount, b: Mount, storage: Path, expect_log) -> None:
+    expect_log("lockd is gone", optional=True)
+    (storage / "img").write_text("content")
+    with Actor() as other:
+        with Actor() as one:
+            one.call("open", a / "img", os.O_RDWR)
+            # All that the host is, at once: nobody gives anything back.
+            lockd = host.lockd()
+            os.kill(lockd, signal.SIGSTOP)
+        os.kill(lockd, signal.SIGKILL)
+        assert other.result("open", b / "img", os.O_RDWR) == "EBUSY"
+        wait_until(lambda: other.result("open", b / "img", os.O_RDWR) == "ok", TAKEOVER + LATER, "a takeover")
+
+
+def test_a_lockd_that_is_killed_costs_nobody_anything(
+    host: Host, a: Mount, b: Mount, storage: Path, expect_log
+) -> None:
+    """Its successor takes host id, generation and leases up before they run out."""
+    expect_log("lockd is gone", optional=True)
+    (storage / "img").write_text("content")
+    (storage / "other").write_text("content")
+    with Actor() as one, Actor() as other:
+        fd = one.call("open", a / "img", os.O_RDWR)
+        os.kill(host.lockd(), signal.SIGKILL)
+        until = time.monotonic() + TAKEOVER + 2
+        while time.monotonic() < until:
+            assert other.result("open", b / "img", os.O_RDWR) == "EBUSY"
+            assert one.result("write", fd, "written", 0) == "ok"
+        assert one.result("open", a / "other", os.O_RDWR) == "ok"
+        one.call("close", fd)
+        wait_until(lambda: other.result("open", b / "img", os.O_RDWR) == "ok", LATER, "the image is free")
+    assert "was told lost" not in host.log()
+
+
+def test_what_a_host_holds_is_fenced_when_its_record_is_not_its_own_any_more(
+    a: Mount, host: Host, storage: Path, expect_log
+) -> None:
+    expect_log("this host's record was overwritten")
+    expect_log("lost the lock o[nf]")
+    expect_log("fenced .*: its handles fail")
+    expect_log("cannot join the lockspace|the record of host id 1 is damaged", optional=True)
+    (storage / "img").write_text("content")
+    with Actor() as one:
+        fd = one.call("open", a / "img", os.O_RDWR)
+        one.call("write", fd, "written", 0)
+        lockspace = storage / ".lockfs" / "leases" / "lockspace"
+        # Its record is not its own any more: as if another host had taken its host id.
+        data = bytearray(lockspace.read_bytes())
+        data[40] ^= 0xFF
+        lockspace.write_bytes(data)
+        wait_until(lambda: one.result("write", fd, "more", 0) != "ok", LATER, "the fence")
+        assert one.result("write", fd, "more", 0) == "EIO"
