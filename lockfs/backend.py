@@ -161,8 +161,8 @@ class Backend(Protocol):
     def deadline(self) -> Deadline | None:
         """Until when all grants are safe, for locks that expire unless they are renewed; None for others.
 
-        There when `start` returns, and moved whenever the locks were renewed.  Where data goes through the mount daemon,
-        no write begins while it is late; when it is lost they fail.
+        There when `start` returns, and moved whenever the locks were renewed.  Where data goes through the mount
+        daemon, no write begins while it is late; when it is lost they fail.
         """
 
     async def start(self) -> None:

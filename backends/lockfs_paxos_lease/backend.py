@@ -19,7 +19,7 @@ import trio
 
 from lockfs import text
 from lockfs.backend import UNKNOWN_HOST, Busy, Context, Denied, Grant, GrantLost, Holder, Host, Image, Mode
-from lockfs.cards import Cards
+from lockfs.cards import Cards, with_holds
 from lockfs.errors import LockUnavailable, MountError
 from lockfs.linux.deadline import Deadline
 from lockfs_paxos_lease import driver, identity, lockspace, viewing
@@ -270,7 +270,8 @@ class PaxosBackend:
 
     async def hosts(self) -> Sequence[Host]:
         """List the hosts that were ever seen in the lockspace."""
-        return viewing.hosts(self._joined.membership())
+        hosts = viewing.hosts(self._joined.membership())
+        return with_holds(hosts, await self._card(self._cards.all) or [])
 
     async def confirm_dead(self, host: str) -> str:
         """Watch the host for somewhat more than a renewal; then what it held may be taken."""

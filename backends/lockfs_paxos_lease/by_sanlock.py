@@ -22,7 +22,7 @@ import trio
 
 from lockfs import text
 from lockfs.backend import UNKNOWN_HOST, Busy, Context, Denied, Grant, GrantLost, Holder, Host, Image, Mode
-from lockfs.cards import Cards
+from lockfs.cards import Cards, with_holds
 from lockfs.errors import LockUnavailable, MountError
 from lockfs_paxos_lease import driver, identity
 from lockfs_paxos_lease.directory import LeaseDirectory
@@ -280,7 +280,7 @@ class SanlockBackend:
             detail = f"host id {each.host_id}, generation {each.generation}"
             seen = wall - (now - live) if live else None
             hosts.append(Host(name, _STATES[each.state], seen, detail, each.host_id, each.host_id == own))
-        return hosts
+        return with_holds(hosts, await self._aside(self._cards.all) or [])
 
     async def confirm_dead(self, host: str) -> str:
         """sanlock takes nobody's word."""
