@@ -50,6 +50,9 @@ class Member(Protocol):
     def lose(self, reason: str) -> None:
         """Tell all grants lost."""
 
+    async def mend(self) -> None:
+        """Give back what the storage did not let it give back before.  Raises nothing."""
+
     @property
     def at_stake(self) -> bool:
         """True while there is a lease in use that is not both lost and fenced."""
@@ -192,7 +195,7 @@ class Lockspace:
         )
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._watch, membership)
-            await self._renew(membership)
+            await self._renew(membership, nursery)
             nursery.cancel_scope.cancel()
         self._membership, self._broken = None, True
         self._lose_all(self._why)
@@ -240,7 +243,7 @@ class Lockspace:
         except OSError as error:
             raise StorageTrouble(-(error.errno or 0), f"cannot note what this host holds: {error}") from error
 
-    async def _renew(self, membership: Membership) -> None:
+    async def _renew(self, membership: Membership, nursery: trio.Nursery) -> None:
         """Renew until the membership is lost."""
         failing = False
         while True:
@@ -270,6 +273,8 @@ class Lockspace:
                 log.info("%s: the lease of this host is renewed again", self._place.where)
             failing = False
             self._tell_if_slow()
+            if self.left - self.in_use and self.members:
+                nursery.start_soon(self.members[0].mend)
 
     def _tell_if_slow(self) -> None:
         took, limit = self.renewal.read_seconds + self.renewal.write_seconds, self.timing.io_timeout
