@@ -86,6 +86,7 @@ class Lockspace:
         self.watchdog_path = watchdog_path
         self._watchdog: Watchdog | None = None
         self._was_member = False
+        self._warned = 0.0
         self._broken = False
         self._inherits_until = math.inf
         self._joined = trio.Event()
@@ -254,12 +255,7 @@ class Lockspace:
                 self._why = error.message
                 return
             except (StorageTrouble, BadArea) as error:
-                if not failing:
-                    left = membership.valid_until - self._clock()
-                    log.warning(
-                        "%s: the lease of this host could not be renewed (%s); in %.1f s all it holds is fenced",
-                        self._place.where, error.message, left,
-                    )  # fmt: skip
+                self._warn(membership, error.message)
                 failing = True
                 continue
             if self._watchdog is not None:
@@ -284,6 +280,16 @@ class Lockspace:
                 self._place.where, took, limit,
             )  # fmt: skip
 
+    def _warn(self, membership: Membership, why: str) -> None:
+        """Warn once that a renewal is late."""
+        if self._warned != membership.last_success:
+            self._warned = membership.last_success
+            left = membership.valid_until - self._lead - self._clock()
+            log.warning(
+                "%s: the lease of this host could not be renewed (%s); in %.1f s all that it holds is fenced",
+                self._place.where, why, max(left, 0.0),
+            )  # fmt: skip
+
     async def _watch(self, membership: Membership) -> None:
         told = 0.0
         while True:
@@ -292,6 +298,8 @@ class Lockspace:
                 told = membership.last_success
                 age = self._clock() - told
                 self._lose_all(f"this host's lease was not renewed for {age:.1f} s: the storage does not answer")
+            elif left < (self.timing.fence - self._lead) / 2:
+                self._warn(membership, "the storage has not answered yet")
             await trio.sleep(min(max(left, self.timing.poll / 4), WATCH))
 
     async def _look_at_watchdog(self) -> None:
