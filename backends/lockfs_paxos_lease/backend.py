@@ -22,7 +22,7 @@ from lockfs import text
 from lockfs.backend import UNKNOWN_HOST, Busy, Context, Denied, Grant, GrantLost, Holder, Host, Image, Mode
 from lockfs.cards import Cards
 from lockfs.errors import LockfsError, LockUnavailable, MountError
-from lockfs_paxos_lease import driver, identity, lockspace, viewing
+from lockfs_paxos_lease import driver, identity, registry, viewing
 from lockfs_paxos_lease.directory import LeaseDirectory
 from lockfs_paxos_lease.disk.area import AreaIO
 from lockfs_paxos_lease.disk.file import Disks, Storage
@@ -34,6 +34,7 @@ from lockfs_paxos_lease.engine.membership import Membership
 from lockfs_paxos_lease.engine.timing import DEFAULT_IO_TIMEOUT, Timing
 from lockfs_paxos_lease.errors import explained
 from lockfs_paxos_lease.format.errors import Code
+from lockfs_paxos_lease.lockspace import Lockspace
 from lockfs_paxos_lease.naming import lease_name
 from lockfs_paxos_lease.options import LIBVIRT
 from lockfs_paxos_lease.place import Place, hosts_of
@@ -76,7 +77,7 @@ class PaxosBackend:
         self._card_lane = Lane(CARD_THREADS)
         self._random = random.SystemRandom()
         self._held: dict[str, _Held] = {}
-        self._lockspace: lockspace.Lockspace | None = None
+        self._lockspace: Lockspace | None = None
         self._inherited = self._mending = False
         self._tell_lost, self._lost = trio.open_memory_channel[Grant](float("inf"))
 
@@ -98,7 +99,7 @@ class PaxosBackend:
         try:
             await self._card(self._cards.open)
             host_id = self._context.options["host_id"]
-            self._lockspace = await lockspace.enter(
+            self._lockspace = await registry.enter(
                 self, self._place, space, self._timing, driver.boottime, self._context.host, self._context.run_dir,
                 host_id if isinstance(host_id, int) else 0, str(self._context.options["watchdog"]),
             )  # fmt: skip
@@ -112,7 +113,7 @@ class PaxosBackend:
         self._tell_lost.close()
         if self._lockspace is not None:
             joined, self._lockspace = self._lockspace, None
-            await lockspace.leave(self, joined, self._context.run_dir)
+            await registry.leave(self, joined, self._context.run_dir)
         await self._close()
 
     async def _close(self) -> None:
@@ -355,7 +356,7 @@ class PaxosBackend:
     # Parts -----------------------------------------------------------------------------------
 
     @property
-    def _joined(self) -> lockspace.Lockspace:
+    def _joined(self) -> Lockspace:
         if self._lockspace is None:
             raise LockUnavailable(f"the backend of {self._source} is not running")
         return self._lockspace
