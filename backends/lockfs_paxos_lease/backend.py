@@ -20,7 +20,7 @@ import trio
 from lockfs import text
 from lockfs.backend import UNKNOWN_HOST, Busy, Context, Denied, Grant, GrantLost, Holder, Host, Image, Mode
 from lockfs.cards import Cards, with_holds
-from lockfs.errors import LockUnavailable
+from lockfs.errors import LockUnavailable, MountError
 from lockfs_paxos_lease import driver, identity, lockspace, viewing
 from lockfs_paxos_lease.directory import LeaseDirectory
 from lockfs_paxos_lease.disk.area import AreaIO
@@ -33,6 +33,7 @@ from lockfs_paxos_lease.engine.membership import Membership
 from lockfs_paxos_lease.engine.timing import DEFAULT_IO_TIMEOUT, Timing
 from lockfs_paxos_lease.errors import explained
 from lockfs_paxos_lease.naming import lease_name
+from lockfs_paxos_lease.options import LIBVIRT
 from lockfs_paxos_lease.place import Place, hosts_of
 from lockfs_paxos_lease.san.volume import LeaseVolume
 
@@ -54,6 +55,7 @@ class _Held:
     mode: Mode
     grant: Grant | None = None
     lost: bool = False
+    fenced: bool = False
 
 
 class PaxosBackend:
@@ -75,9 +77,14 @@ class PaxosBackend:
         self._tell_lost, self._lost = trio.open_memory_channel[Grant](float("inf"))
 
     def _find_place(self, storage: Storage, leases: str) -> Place:
+        libvirt = self._context.options["names"] == LIBVIRT
+        if libvirt and not (leases and self._timing.is_sanlock):
+            raise MountError("names=libvirt needs takeover=sanlock, and leases= must be libvirt's disk_lease_dir")
         if leases and not os.path.isdir(leases):
             return LeaseVolume(storage, driver.boottime, self._timing, leases, lambda: self._joined)
-        return LeaseDirectory(storage, driver.boottime, self._timing, self._context.source_fd, self._source, leases)
+        return LeaseDirectory(
+            storage, driver.boottime, self._timing, self._context.source_fd, self._source, leases, libvirt=libvirt
+        )
 
     # Its life --------------------------------------------------------------------------------
 
@@ -89,7 +96,7 @@ class PaxosBackend:
             host_id = self._context.options["host_id"]
             self._lockspace = await lockspace.enter(
                 self, self._place, space, self._timing, driver.boottime, self._context.host, self._context.run_dir,
-                host_id if isinstance(host_id, int) else 0,
+                host_id if isinstance(host_id, int) else 0, str(self._context.options["watchdog"]),
             )  # fmt: skip
         except BaseException:
             with trio.CancelScope(shield=True):
@@ -283,9 +290,17 @@ class PaxosBackend:
             yield grant
 
     async def fenced(self, grant: Grant) -> None:
-        """The lease runs out by itself."""
+        """Take note: the lease runs out by itself, but a watchdog must not reset the host for it."""
+        held = self._held.get(self._name(grant.image))
+        if held is not None and held.grant is grant and held.lost:
+            held.fenced = True
 
     # The lockspace's side --------------------------------------------------------------------
+
+    @property
+    def at_stake(self) -> bool:
+        """True while there is a lease in use that is not both lost and fenced."""
+        return any(not held.fenced for held in self._held.values())
 
     def lose(self, reason: str) -> None:
         """Tell all grants lost, each once."""
@@ -309,7 +324,7 @@ class PaxosBackend:
         return engine.Lease(name.encode(), membership, self._random, hosts_of(self._timing, membership.geometry))
 
     def _name(self, image: Image) -> str:
-        return lease_name(image, str(self._context.options["key"]))
+        return lease_name(image, str(self._context.options["key"]), str(self._context.options["names"]))
 
     def _of(self, grant: Grant) -> _Held:
         held = self._held.get(self._name(grant.image))
@@ -323,12 +338,24 @@ class PaxosBackend:
 
     async def _holder(self, image: Image, host_id: int, mode: Mode) -> Holder:
         """Name a holder: the record of its host says the host, a card of that host the rest."""
-        slot = self._joined.membership().hosts.slot(host_id)
-        host = identity.shown(slot.name) if slot is not None else ""
+        host = await self._host_name(host_id)
         card = await self._card(lambda: self._cards.read(image.ino))
         if card is not None and (not host or card.host.startswith(host)):
             return replace(card, mode=mode)
         return Holder(host or (f"with id {host_id}" if host_id else UNKNOWN_HOST), mode)
+
+    async def _host_name(self, host_id: int) -> str:
+        """Return what a host calls itself; empty if that is not known."""
+        membership = self._joined.membership()
+        slot = membership.hosts.slot(host_id)
+        if slot is not None:
+            return identity.shown(slot.name)
+        try:
+            # It has joined since the last look at all of them.
+            record = await self._joined.run(membership.read_host(host_id)) if host_id else None
+        except EngineError:
+            return ""
+        return identity.shown(record.resource_name) if record is not None else ""
 
     async def _card(self, work: Callable[[], T]) -> T | None:
         """Do something with the cards; no lock depends on it."""

@@ -22,6 +22,7 @@ from lockfs_paxos_lease.engine.actions import Clock, DiskError
 from lockfs_paxos_lease.engine.timing import Timing
 from lockfs_paxos_lease.format.fresh import fresh_lease, fresh_lockspace
 from lockfs_paxos_lease.format.size import MIB, Geometry
+from lockfs_paxos_lease.given_names import LIBVIRT_LOCKSPACE
 from lockfs_paxos_lease.place import FILE_TIMEOUT, LEASE_THREADS, LOCKSPACE_THREADS, Space, hosts_of
 
 LOCKSPACE = "lockspace"
@@ -38,10 +39,14 @@ T = TypeVar("T")
 class LeaseDirectory:
     """See the module.  *path* is the directory; where it is empty it is the default one below *source_fd*.
 
-    The lockspace has threads of its own: a renewal must not wait behind calls for leases.
+    The lockspace has threads of its own: a renewal must not wait behind calls for leases.  *libvirt*: files are named,
+    and the lockspace too, as libvirt's sanlock driver has them.
     """
 
-    def __init__(self, storage: Storage, clock: Clock, timing: Timing, source_fd: int, source: str, path: str) -> None:
+    def __init__(
+        self, storage: Storage, clock: Clock, timing: Timing, source_fd: int, source: str, path: str,
+        *, libvirt: bool = False,
+    ) -> None:  # fmt: skip
         self.where = path or "/".join((source.rstrip("/"), *DEFAULT))
         self._storage = storage
         self._lane = Lane(LEASE_THREADS)
@@ -52,6 +57,9 @@ class LeaseDirectory:
         self._path = path
         self._fd = -1
         self._space: Space | None = None
+        self._libvirt = libvirt
+        self._lockspace = LIBVIRT_LOCKSPACE if libvirt else LOCKSPACE
+        self._suffix = "" if libvirt else SUFFIX
 
     async def open(self) -> Space:
         """Find the directory and the lockspace, or make them.  Raises `MountError`, `LockUnavailable`."""
@@ -82,22 +90,22 @@ class LeaseDirectory:
             os.close(parent)
 
     def _open_lockspace(self) -> Space:
-        if not self._exists(LOCKSPACE):
+        if not self._exists(self._lockspace):
             self._make_lockspace()
-        file = self._storage.open(LOCKSPACE, self._fd)
+        file = self._storage.open(self._lockspace, self._fd)
         try:
             first = file.read(0, _PAGE)
         finally:
             file.close()
-        info = os.stat(LOCKSPACE, dir_fd=self._fd, follow_symlinks=False)
-        where = f"{self.where}/{LOCKSPACE}"
+        info = os.stat(self._lockspace, dir_fd=self._fd, follow_symlinks=False)
+        where = f"{self.where}/{self._lockspace}"
         return Space.of(first, (info.st_dev, info.st_ino, 0), self._timing, where)
 
     def _make_lockspace(self) -> None:
-        name = f"lockfs-{secrets.token_hex(8)}".encode()
+        name = (LIBVIRT_LOCKSPACE if self._libvirt else f"lockfs-{secrets.token_hex(8)}").encode()
         geometry = self._geometry()
         area, first = fresh_lockspace(geometry, name, self._timing.stored, self._timing.delta_version)
-        self._make(LOCKSPACE, (area, first))
+        self._make(self._lockspace, (area, first))
 
     def _geometry(self) -> Geometry:
         """Return the smallest sizes that the storage can write in one piece."""
@@ -128,12 +136,12 @@ class LeaseDirectory:
 
     async def lockspace(self) -> AreaIO:
         """Open the area of the lockspace.  Raises `LockUnavailable`."""
-        return await self._open(LOCKSPACE, self._lockspace_lane)
+        return await self._open(self._lockspace, self._lockspace_lane)
 
     async def find(self, name: str) -> AreaIO | None:
         """Open the area of a lease; None if there is none.  Raises `LockUnavailable`."""
         try:
-            return await self._open(name + SUFFIX, self._lane)
+            return await self._open(name + self._suffix, self._lane)
         except FileNotFoundError:
             return None
 
@@ -144,7 +152,7 @@ class LeaseDirectory:
             return found
         try:
             await self._call(lambda: self._make_lease(name), f"make the lease {name}")
-            return await self._open(name + SUFFIX, self._lane)
+            return await self._open(name + self._suffix, self._lane)
         except OSError as error:
             raise LockUnavailable(f"cannot make the lease {self._file(name)}: {error.strerror}") from error
 
@@ -154,7 +162,7 @@ class LeaseDirectory:
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
         hosts = hosts_of(timing, space.geometry)
         self._make(
-            name + SUFFIX, (fresh_lease(space.geometry, space.name, name.encode(), hosts, timing.lease_version),)
+            name + self._suffix, (fresh_lease(space.geometry, space.name, name.encode(), hosts, timing.lease_version),)
         )
 
     async def close(self) -> None:
@@ -211,7 +219,7 @@ class LeaseDirectory:
         return True
 
     def _file(self, name: str) -> str:
-        return f"{self.where}/{name}{SUFFIX}"
+        return f"{self.where}/{name}{self._suffix}"
 
     async def _open(self, name: str, lane: Lane) -> AreaIO:
         try:

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from lockfs.backend import Backend, Context
-from lockfs_paxos_lease.options import SANLOCK
+from lockfs.errors import MountError
+from lockfs_paxos_lease.options import LOCKFS, SANLOCK
 
 
 def make(context: Context) -> Backend:
-    """Return the backend for a share.  Each engine loads only where it is wanted."""
+    """Return the backend for a share.  Each engine loads only where it is wanted.
+
+    Raises `MountError` for options that the engine has no use for and that are not about speed only.
+    """
     if context.options["engine"] == SANLOCK:
+        if context.options["watchdog"]:
+            raise MountError("watchdog= is for engine=own: the sanlock daemon has wdmd for that")
+        if context.options["names"] != LOCKFS:
+            raise MountError(f"names={context.options['names']} is for engine=own")
         from lockfs_paxos_lease.by_sanlock import SanlockBackend
 
         return SanlockBackend(context)

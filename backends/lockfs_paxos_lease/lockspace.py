@@ -11,13 +11,15 @@ Invariants:
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
+from functools import partial
 from typing import Protocol, TypeVar
 
 import trio
 
 from lockfs.errors import LockUnavailable, MountError
-from lockfs_paxos_lease import driver, identity
+from lockfs_paxos_lease import driver, identity, watchdog
 from lockfs_paxos_lease.claim import Claim
 from lockfs_paxos_lease.disk.area import AreaIO
 from lockfs_paxos_lease.engine.actions import Area, Clock, Operation
@@ -26,6 +28,7 @@ from lockfs_paxos_lease.engine.membership import Membership, Renewal
 from lockfs_paxos_lease.engine.timing import Timing
 from lockfs_paxos_lease.place import Place, Space
 from lockfs_paxos_lease.state import StateFile
+from lockfs_paxos_lease.watchdog import Watchdog
 
 FENCE_LEAD = 1.0
 """Seconds before L at which grants are told lost: time for the fence."""
@@ -47,20 +50,23 @@ class Member(Protocol):
     def lose(self, reason: str) -> None:
         """Tell all grants lost."""
 
+    @property
+    def at_stake(self) -> bool:
+        """True while there is a lease in use that is not both lost and fenced."""
+
 
 class Lockspace:
     """See the module.  *wanted* is the host id to have, 0 for any."""
 
     def __init__(
-        self, place: Place, space: Space, timing: Timing, clock: Clock, host: str, run_dir: str, wanted: int
-    ) -> None:
+        self, place: Place, space: Space, timing: Timing, clock: Clock, host: str, run_dir: str, wanted: int,
+        watchdog_path: str,
+    ) -> None:  # fmt: skip
         self.space = space
         self.timing = timing
         self.wanted = wanted
         self.members: list[Member] = []
         self.area: AreaIO | None = None
-        self.broken = False
-        """What the last lockd was granted is lost: its incarnation has run out, and a new one is not there yet."""
         self.renewal = Renewal(called=False)
         self._place = place
         self._clock = clock
@@ -74,7 +80,11 @@ class Lockspace:
         """The names of leases that members have in use: one lease serves one image of this host."""
         self.left: set[str] = set()
         """What the last lockd of this incarnation had, and nobody has taken up yet."""
+        self.watchdog_path = watchdog_path
+        self._watchdog: Watchdog | None = None
         self._was_member = False
+        self._broken = False
+        self._inherits_until = math.inf
         self._joined = trio.Event()
         self._failed: EngineError | None = None
         self._scope = trio.CancelScope()
@@ -108,6 +118,7 @@ class Lockspace:
             )
 
     def _begin(self) -> None:
+        self._watchdog = watchdog.on(self.watchdog_path, self.timing)
         try:
             self._boot = identity.boot_id()
             if self._state.lock():
@@ -146,16 +157,21 @@ class Lockspace:
         """Be a member for ever.  As a system task it must not raise."""
         try:
             with self._scope:
-                while True:
-                    try:
-                        await self._be_a_member()
-                    except Exception:
-                        log.exception("%s: keeping the lease of this host failed", self._place.where)
-                        self._membership = None
-                        self._lose_all("keeping the lease of this host failed in an unexpected way")
-                        await trio.sleep(self.timing.renewal)
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._look_at_watchdog)
+                    await self._be_a_member_for_ever()
         finally:
             self._ended.set()
+
+    async def _be_a_member_for_ever(self) -> None:
+        while True:
+            try:
+                await self._be_a_member()
+            except Exception:
+                log.exception("%s: keeping the lease of this host failed", self._place.where)
+                self._membership, self._broken = None, True
+                self._lose_all("keeping the lease of this host failed in an unexpected way")
+                await trio.sleep(self.timing.renewal)
 
     async def _be_a_member(self) -> None:
         try:
@@ -167,7 +183,7 @@ class Lockspace:
                 self._why = error.message
                 level = logging.INFO if isinstance(error, StorageTrouble) else logging.ERROR
                 log.log(level, "%s: cannot join the lockspace: %s", self._place.where, error.message)
-            await trio.sleep(self.timing.renewal)
+            await trio.sleep(self.timing.retry if isinstance(error, StorageTrouble) else self.timing.renewal)
             return
         self._membership, self._failed = membership, None
         self._joined.set()
@@ -178,7 +194,7 @@ class Lockspace:
             nursery.start_soon(self._watch, membership)
             await self._renew(membership)
             nursery.cancel_scope.cancel()
-        self._membership = None
+        self._membership, self._broken = None, True
         self._lose_all(self._why)
 
     async def _join(self) -> Membership:
@@ -191,23 +207,28 @@ class Lockspace:
             held = await trio.to_thread.run_sync(self._state.held)
             idle = state is not None and not held
             if state is not None:
+                self._inherits_until = state.renewed + self.timing.fence - self._lead
                 membership = await claim.resume(state)
-            self.broken = membership is None
+            self._broken = membership is None
             self.left = held if membership is not None else set()
         if membership is None:
             membership = await claim.make(idle=idle)
         await self._save(membership)
+        if self.left and self._watchdog is not None:
+            self._on_watchdog(self._watchdog.arm)
         # The look at the others that comes with it is what tells the living from the dead.
         self.renewal = await self.run(membership.renew())
         self._was_member = True
-        self.broken = False
+        self._broken = False
         return membership
 
     async def _save(self, membership: Membership) -> None:
         """Write down who this host is now, and nothing of what an earlier incarnation held."""
 
         def save() -> None:
-            self._state.save(self._boot, membership.host_id, membership.generation, membership.name)
+            self._state.save(
+                self._boot, membership.host_id, membership.generation, membership.name, membership.last_success
+            )
             for name in self._state.held() - self.left - self.in_use:
                 self._state.drop(name)
 
@@ -217,7 +238,7 @@ class Lockspace:
         try:
             await trio.to_thread.run_sync(work)
         except OSError as error:
-            raise StorageTrouble(-(error.errno or 0), f"cannot write down what this host holds: {error}") from error
+            raise StorageTrouble(-(error.errno or 0), f"cannot note what this host holds: {error}") from error
 
     async def _renew(self, membership: Membership) -> None:
         """Renew until the membership is lost."""
@@ -238,6 +259,13 @@ class Lockspace:
                     )  # fmt: skip
                 failing = True
                 continue
+            if self._watchdog is not None:
+                self._on_watchdog(partial(self._watchdog.renewed, self._clock() - membership.last_success))
+            if self.in_use or self.left:
+                try:
+                    await self._save(membership)
+                except StorageTrouble as error:
+                    log.warning("%s", error.message)
             if failing:
                 log.info("%s: the lease of this host is renewed again", self._place.where)
             failing = False
@@ -261,6 +289,20 @@ class Lockspace:
                 self._lose_all(f"this host's lease was not renewed for {age:.1f} s: the storage does not answer")
             await trio.sleep(min(max(left, self.timing.poll / 4), WATCH))
 
+    async def _look_at_watchdog(self) -> None:
+        while True:
+            if self._watchdog is not None:
+                holding = bool(self.in_use or self.left)
+                at_stake = bool(self.left) or any(member.at_stake for member in self.members)
+                self._on_watchdog(partial(self._watchdog.look, holding=holding, at_stake=at_stake))
+            await trio.sleep(WATCH)
+
+    def _on_watchdog(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except OSError as error:
+            log.error("the watchdog %s fails: %s", self.watchdog_path, error.strerror)
+
     @property
     def _lead(self) -> float:
         return min(FENCE_LEAD, self.timing.fence / FENCE_LEAD_SHARE)
@@ -270,6 +312,11 @@ class Lockspace:
             log.error("%s: what this host holds is to be fenced: %s", self._place.where, reason)
         for member in self.members:
             member.lose(reason)
+
+    @property
+    def broken(self) -> bool:
+        """True if what the last lockd of this boot was granted is lost for certain."""
+        return self._membership is None and (self._broken or self._clock() >= self._inherits_until)
 
     # What members do -------------------------------------------------------------------------
 
@@ -292,8 +339,14 @@ class Lockspace:
         return await driver.run(operation, areas)
 
     async def note(self, name: str) -> None:
-        """Write down that a lease is about to be taken.  Raises `StorageTrouble`."""
-        await self._written(lambda: self._state.note(name))
+        """Write down that a lease is about to be taken, and arm the watchdog.  Raises `StorageTrouble`."""
+
+        def note() -> None:
+            if self._watchdog is not None:
+                self._watchdog.arm()
+            self._state.note(name)
+
+        await self._written(note)
 
     async def drop(self, name: str) -> None:
         """Write down that a lease was given back."""
@@ -308,8 +361,9 @@ _gates: dict[tuple[str, tuple[int, int, int]], trio.Lock] = {}
 
 
 async def enter(
-    member: Member, place: Place, space: Space, timing: Timing, clock: Clock, host: str, run_dir: str, wanted: int
-) -> Lockspace:
+    member: Member, place: Place, space: Space, timing: Timing, clock: Clock, host: str, run_dir: str, wanted: int,
+    watchdog_path: str,
+) -> Lockspace:  # fmt: skip
     """Return the lockspace, joined by this host for this member and for all others that use the same.
 
     Raises `MountError`, `LockUnavailable`.
@@ -318,12 +372,13 @@ async def enter(
     async with _gates.setdefault(key, trio.Lock()):
         lockspace = _open.get(key)
         if lockspace is None:
-            lockspace = Lockspace(place, space, timing, clock, host, run_dir, wanted)
+            lockspace = Lockspace(place, space, timing, clock, host, run_dir, wanted, watchdog_path)
             await lockspace.start()
             _open[key] = lockspace
-        elif (lockspace.timing, lockspace.wanted) != (timing, wanted):
+        elif (lockspace.timing, lockspace.wanted, lockspace.watchdog_path) != (timing, wanted, watchdog_path):
             raise MountError(
-                f"the leases in {place.where} are used on this host with another takeover=, io_timeout= or host_id=",
+                f"the leases in {place.where} are used on this host with another takeover=, io_timeout=, host_id= or "
+                "watchdog=",
                 hint="All mounts of one host that share leases must agree on these.",
             )
         lockspace.members.append(member)

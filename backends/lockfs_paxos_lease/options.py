@@ -7,13 +7,15 @@ from collections.abc import Sequence
 from lockfs.options import Option, absolute_path, one_of
 
 SANLOCK = "sanlock"
+LOCKFS = "lockfs"
+LIBVIRT = "libvirt"
 MAX_HOST_ID = 2000
 MAX_TAKEOVER = 6553.5
 """What fits into the version word of a record; `format.version` has it from there."""
 MIN_TAKEOVER = 2.0
 
 
-def _leases(text: str) -> str:
+def _path(text: str) -> str:
     return absolute_path(text) if text else ""
 
 
@@ -50,7 +52,7 @@ ENGINES = ("own", SANLOCK)
 OPTIONS: Sequence[Option] = (
     Option("engine", one_of(*ENGINES), "own", "|".join(ENGINES),
            "who handles the leases: lockfs itself, or this host's sanlock daemon, which goes by takeover=sanlock"),
-    Option("leases", _leases, "", "DIR|DEVICE",
+    Option("leases", _path, "", "DIR|DEVICE",
            "directory on shared storage for the leases, or a volume that `lockfs lease format --index` has made; "
            "by default SOURCE/.lockfs/leases"),
     Option("host_id", _host_id, "auto", "auto|N",
@@ -60,4 +62,8 @@ OPTIONS: Sequence[Option] = (
            "sanlock: by its timing, needed where sanlock uses the same leases"),
     Option("io_timeout", _io_timeout, "10", "SECONDS",
            "with takeover=sanlock: seconds for one call to the storage; takeover takes 8 times that and 60 s"),
+    Option("names", one_of(LOCKFS, LIBVIRT), LOCKFS, f"{LOCKFS}|{LIBVIRT}",
+           "how leases are named; libvirt: as by its sanlock driver (auto_disk_leases), to exclude hosts that use it"),
+    Option("watchdog", _path, "", "DEVICE",
+           "watchdog device, as /dev/watchdog: it resets this host if lockd or a fence fails while images are held"),
 )  # fmt: skip

@@ -17,13 +17,14 @@ VERSION = 1
 
 
 class State(msgspec.Struct, frozen=True):
-    """This host's incarnation in a lockspace."""
+    """This host's incarnation in a lockspace, and when it was last renewed (`renewed`, CLOCK_BOOTTIME)."""
 
     space: str
     boot: str
     host_id: int
     generation: int
     name: bytes
+    renewed: float
     version: int = VERSION
 
 
@@ -74,9 +75,9 @@ class StateFile:
         good = (state.version, state.space, state.boot) == (VERSION, self._space, boot)
         return state if good and state.host_id > 0 and state.generation > 0 else None
 
-    def save(self, boot: str, host_id: int, generation: int, name: bytes) -> None:
+    def save(self, boot: str, host_id: int, generation: int, name: bytes, renewed: float) -> None:
         """Write it down, in one step."""
-        state = State(self._space, boot, host_id, generation, name)
+        state = State(self._space, boot, host_id, generation, name, renewed)
         temporary = f"{self._path}.new"
         with open(temporary, "wb") as file:
             file.write(msgspec.json.encode(state))

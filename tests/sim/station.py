@@ -89,6 +89,8 @@ class Station(Machine):
         self.leases: dict[str, Lease] = {}
         self.up = False
         """lockd runs."""
+        self.ran_before = False
+        """lockd has run before in this boot."""
         self.busy = True
         """False: take nothing any more, and give everything back."""
         self._saved: tuple[int, int, float] | None = None
@@ -103,15 +105,16 @@ class Station(Machine):
         """Start lockd."""
         self.up = True
         self.world.start(self, self._lockd())
+        self.ran_before = True
 
     def _new_membership(self) -> Membership:
         return Membership(SPACE, GEOMETRY, self.timing, self.name, self.clock)
 
     def _lockd(self) -> Generator[Any, Any, None]:
         resumed = False
+        membership = self._new_membership()
         if self._saved is not None:
             host_id, generation, _ = self._saved
-            membership = self._new_membership()
             try:
                 resumed = yield from membership.resume(host_id, generation)
             except EngineError:
@@ -121,19 +124,21 @@ class Station(Machine):
                 self._begin(membership, adopt=True)
             else:
                 self._fence("could not resume")
+                membership = self._new_membership()
         while True:
             if not resumed:
-                yield from self._join()
+                yield from self._join(membership)
             resumed = False
-            yield from self._renew_on()
+            membership = yield from self._renew_on()
 
-    def _join(self) -> Generator[Any, Any, None]:
+    def _join(self, membership: Membership) -> Generator[Any, Any, None]:
         while True:
-            membership = self._new_membership()
+            gone = self.world.now >= self._drained
             try:
-                yield from membership.join(self.number, predecessor_gone=self.world.now >= self._drained)
+                yield from membership.join(self.number, predecessor_gone=gone, same_boot=self.ran_before)
             except (Clash, StorageTrouble, BadArea, Lost) as error:
                 self.world.note(f"host {self.number} does not join: {error}")
+                membership = membership.successor()
                 yield Sleep(self.timing.renewal)
                 continue
             self.counts.joins += 1
@@ -155,16 +160,14 @@ class Station(Machine):
         if self.membership is not None and self.membership.joined:
             self._saved = (self.membership.host_id, self.membership.generation, self.membership.valid_until)
 
-    def _renew_on(self) -> Generator[Any, Any, None]:
+    def _renew_on(self) -> Generator[Any, Any, Membership]:
         membership = self.membership
-        if membership is None:
-            return
+        assert membership is not None
         while True:
-            pause = membership.next_renewal - self.clock()
-            yield Sleep(max(pause, 0.0))
             try:
                 yield from membership.renew()
                 self._save()
+                yield Sleep(max(membership.next_renewal - self.clock(), 0.0))
             except StorageTrouble:
                 self.counts.trouble += 1
                 yield Sleep(self.timing.retry)
@@ -173,7 +176,7 @@ class Station(Machine):
                 self.counts.lost += 1
                 self._fence("lost")
                 self.membership = None
-                return
+                return membership.successor()
 
     def _fence(self, why: str) -> None:
         """End all sessions; what their VMs have written already may still be under way."""
@@ -191,11 +194,7 @@ class Station(Machine):
     def _worker(self, resource: str, lease: Lease, random: Random, adopt: bool) -> Generator[Any, Any, None]:
         try:
             if adopt:
-                yield from self._insist(lease, lease.adopt)
-                if not self._take_up(resource, lease):
-                    yield from self._insist(lease, lease.release)
-                elif lease.mode is not None:
-                    yield from self._hold(resource, lease, random)
+                yield from self._take_up(resource, lease, random)
             while self.leases.get(resource) is lease:
                 if self.busy:
                     yield Sleep(random.expovariate(1 / self.habits.think))
@@ -221,20 +220,36 @@ class Station(Machine):
                 return
             yield Sleep(self.timing.retry)
 
-    def _take_up(self, resource: str, lease: Lease) -> bool:
+    def _take_up(self, resource: str, lease: Lease, random: Random) -> Generator[Any, Any, None]:
         """After a restart of lockd: match what the disk says with what VMs still use."""
         use = self.uses.get(resource)
-        mode = lease.mode
-        if use is None:
-            return mode is None
-        if mode is None:
+        known = None if use is None else Mode.EXCLUSIVE if use.session.exclusive else Mode.SHARED
+        while True:
+            try:
+                yield from lease.adopt(known)
+                break
+            except (StorageTrouble, BadArea):
+                self.counts.trouble += 1
+                yield Sleep(self.timing.retry)
+        use = self.uses.get(resource)
+        if use is not None and lease.mode is None:
+            self.world.note(f"host {self.number} does not get {resource} back")
             self.checker.end(use.session)
             del self.uses[resource]
-            self._drained = max(self._drained, use.lands)
-            return True
-        if not use.session.exclusive and mode is Mode.EXCLUSIVE and lease.version > use.session.token:
-            self.checker.change(use.session, True, lease.version)
-        return True
+            yield from self._drain(use)
+        if lease.untidy:
+            yield from self._insist(lease, lease.tidy)
+        if use is not None and lease.mode is not None:
+            if not use.session.exclusive and lease.mode is Mode.EXCLUSIVE and lease.version > use.session.token:
+                self.checker.change(use.session, True, lease.version)
+            yield from self._hold(resource, lease, random)
+        elif lease.mode is not None:
+            yield from self._insist(lease, lease.release)
+
+    def _drain(self, use: Use) -> Generator[Any, Any, None]:
+        """Wait for what a VM has written to land."""
+        while use.lands > self.world.now:
+            yield Sleep((use.lands - self.world.now) * self.rate + 1e-6)
 
     def _use(self, resource: str, lease: Lease, random: Random) -> Generator[Any, Any, None]:
         habits = self.habits
@@ -276,8 +291,7 @@ class Station(Machine):
         if use is None or self.uses.get(resource) is not use:
             return
         use.closing = True
-        while use.lands > self.world.now:
-            yield Sleep((use.lands - self.world.now) * self.rate + 1e-6)
+        yield from self._drain(use)
         if self.uses.get(resource) is not use:
             return
         self.checker.end(use.session)
@@ -366,6 +380,7 @@ class Station(Machine):
             world.at(world.now + downtime, self._reboot, self.epoch)
 
     def _reboot(self, epoch: int) -> None:
+        self.ran_before = False
         self.offset = -self.world.now * self.rate + 5.0 * self.world.random.random()
         self._restart(epoch)
 
@@ -390,6 +405,10 @@ class Station(Machine):
                     token = yield from lease.acquire(Mode.EXCLUSIVE, wait=True)
                     self.checker.end(self.checker.grant(self, self.membership.generation, resource, True, token))
                     yield from lease.release()
+                except Held as held:
+                    reason = str(held)
+                    if not self.checker.books[held.host_id].careful:
+                        break  # sanlock leaves such leases behind; its next acquire gets them
                 except EngineError as error:
                     reason = str(error)
                 else:
@@ -397,5 +416,6 @@ class Station(Machine):
                     self.counts.probing -= 1
                     return
             yield Sleep(self.timing.renewal * self.world.random.random())
+        else:
+            self.counts.stuck.append(f"host {self.number} cannot get {resource}: {reason}")
         self.counts.probing -= 1
-        self.counts.stuck.append(f"host {self.number} cannot get {resource}: {reason}")

@@ -25,11 +25,11 @@ def path_of(tmp_path: Path) -> Path:
 
 
 def test_it_comes_back(file: StateFile, tmp_path: Path) -> None:
-    file.save(BOOT, 7, 3, b"name\xff")
+    file.save(BOOT, 7, 3, b"name\xff", 5.5)
     said = file.load(BOOT)
-    assert said == State(b"space".hex(), BOOT, 7, 3, b"name\xff")
-    file.save(BOOT, 7, 4, b"name")
-    assert file.load(BOOT) == State(b"space".hex(), BOOT, 7, 4, b"name")
+    assert said == State(b"space".hex(), BOOT, 7, 3, b"name\xff", 5.5)
+    file.save(BOOT, 7, 4, b"name", 5.5)
+    assert file.load(BOOT) == State(b"space".hex(), BOOT, 7, 4, b"name", 5.5)
     file.forget()
     assert file.load(BOOT) is None
     file.forget()
@@ -48,14 +48,14 @@ def test_leases_are_written_down(file: StateFile) -> None:
 
 def test_nothing_is_said_about_another_boot_or_lockspace(file: StateFile, tmp_path: Path) -> None:
     assert file.load(BOOT) is None
-    file.save(BOOT, 7, 3, b"name")
+    file.save(BOOT, 7, 3, b"name", 5.5)
     assert file.load("another boot") is None
     path_of(tmp_path).rename(path_of(tmp_path).with_name(f"{b'other'.hex()}.json"))
     assert StateFile(str(tmp_path), b"other").load(BOOT) is None
 
 
 def test_what_is_damaged_says_nothing(file: StateFile, tmp_path: Path) -> None:
-    file.save(BOOT, 7, 3, b"name")
+    file.save(BOOT, 7, 3, b"name", 5.5)
     good = path_of(tmp_path).read_bytes()
     for damaged in (
         *(good[:length] for length in range(len(good))),

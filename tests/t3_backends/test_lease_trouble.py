@@ -13,10 +13,12 @@ import pytest
 import trio
 from lockfs_paxos_lease.backend import PaxosBackend
 from lockfs_paxos_lease.driver import boottime
+from lockfs_paxos_lease.engine.timing import Timing
+from lockfs_paxos_lease.watchdog import Watchdog
 from t3_backends.lease_storage import Trouble
 from t3_backends.stations import Station, station
 
-from lockfs.backend import Busy, Grant
+from lockfs.backend import Busy, Grant, GrantLost
 from lockfs.errors import LockUnavailable, MountError
 
 TAKEOVER = 6.0
@@ -32,8 +34,10 @@ def host(storage: Path, tmp_path: Path) -> Open:
     """Start hosts, each with its own way to the storage, which can be made to misbehave."""
 
     @asynccontextmanager
-    async def start(name: str, share: Path = storage, **options: str) -> AsyncIterator[Made]:
-        trouble = Trouble()
+    async def start(
+        name: str, share: Path = storage, trouble: Trouble | None = None, **options: str
+    ) -> AsyncIterator[Made]:
+        trouble = trouble or Trouble()
         opened = station(
             name, share, "paxos-lease", {"takeover": f"{TAKEOVER:g}", **options}, run_dirs=tmp_path / "run",
             load=lambda context: PaxosBackend(context, trouble),
@@ -231,7 +235,7 @@ async def test_who_gives_up_an_acquire_holds_nothing(host: Open) -> None:
 
 
 async def test_a_share_that_cannot_be_written_to_is_not_mounted(host: Open, storage: Path) -> None:
-    with pytest.raises(MountError, match="no leases can be kept in"):
+    with pytest.raises(MountError, match="no leases can be kept"):
         async with host("host-a", leases=str(storage / "missing")):
             pass
 
@@ -285,3 +289,107 @@ async def test_files_of_leases_appear_whole_whoever_makes_them(host: Open, stora
     leases = storage / ".lockfs" / "leases"
     assert sorted(path.suffix for path in leases.iterdir()) == ["", *[".lease"] * 10]
     assert {path.stat().st_size for path in leases.iterdir()} == {1 << 20}
+
+
+async def test_two_shares_of_one_host_use_the_same_leases(host: Open, storage: Path, tmp_path: Path) -> None:
+    """They are one host to the others, and exclude each other where their names for images meet."""
+    leases, other = tmp_path / "leases", tmp_path / "other"
+    leases.mkdir()
+    other.mkdir()
+    options = {"leases": str(leases), "key": "path"}
+    async with host("host-b", **options) as (b, _), host("host-a", **options) as (a, _):
+        async with host("host-a", other, **options) as (second, _):
+            assert sorted(each.name for each in await second.backend.hosts()) == ["host-a", "host-b"]
+            grant = await second.acquire(name="one")
+            with pytest.raises(Busy, match="host-a"):
+                await b.acquire(name="one")
+            with pytest.raises(Busy, match="host-a"):
+                await a.acquire(name="one")
+            await a.release(await a.acquire(name="two"))
+            await second.release(grant)
+        # The lockspace is not left as long as one of them uses it.
+        grant = await a.acquire(name="one")
+        with pytest.raises(Busy, match="host-a"):
+            await b.acquire(name="one")
+        await a.release(grant)
+        with pytest.raises(MountError, match="another takeover=, io_timeout=, host_id= or watchdog="):
+            async with host("host-a", other, **{**options, "host_id": "9"}):
+                pass
+
+
+class FakeWatchdog:
+    """A watchdog on paper, which says when it was fed."""
+
+    def __init__(self) -> None:
+        self.armed = False
+        self.fed: list[float] = []
+
+    def arm(self, timeout: int) -> None:
+        self.armed = True
+
+    def feed(self) -> None:
+        self.fed.append(boottime())
+
+    def disarm(self) -> bool:
+        self.armed = False
+        return True
+
+
+async def test_a_watchdog_is_fed_while_renewals_work_and_again_when_all_is_fenced(host: Open) -> None:
+    async with host("host-a") as (a, trouble):
+        device, backend = FakeWatchdog(), a.backend
+        assert isinstance(backend, PaxosBackend)
+        backend._joined._watchdog = Watchdog(device, Timing.own(TAKEOVER))
+        grant = await a.acquire()
+        assert device.armed
+        with trio.fail_after(LATER):
+            while len(device.fed) < 2:
+                await trio.sleep(0.05)
+        trouble.hangs = lambda what, path: True
+        lost, at = await next_loss(a)
+        assert all(each < at for each in device.fed)
+        before = len(device.fed)
+        await trio.sleep(1)
+        assert len(device.fed) == before, "fed although nobody knows whether it is fenced"
+        await backend.fenced(lost)
+        with trio.fail_after(LATER):
+            while len(device.fed) < before + 2:
+                await trio.sleep(0.05)
+        trouble.heal()
+        await a.release(grant)
+        with trio.fail_after(LATER):
+            while device.armed:
+                await trio.sleep(0.05)
+
+
+async def test_a_successor_on_storage_that_hangs_says_in_time_that_all_is_lost(host: Open, tmp_path: Path) -> None:
+    """It cannot look; but when its predecessor's lease has run out, it knows so."""
+    async with host("host-a") as (a, _):
+        grant = await a.acquire()
+        backend = a.backend
+        assert isinstance(backend, PaxosBackend)
+        with trio.fail_after(LATER):
+            while valid_until(a) < boottime() + FENCE - 0.2:  # just renewed, and noted
+                await trio.sleep(0.01)
+        await trio.sleep(0.2)
+        said = [(path, path.read_bytes()) for path in (tmp_path / "run" / "host-a").rglob("*") if path.is_file()]
+        await backend.release(grant)
+    begin = boottime()
+    for path, content in said:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    trouble = Trouble()
+    # The first look is that of the mount itself.
+    trouble.hangs = lambda what, path: path == "lockspace" and trouble.calls.count(("read", path)) > 1
+    async with host("host-a", trouble=trouble) as (a, _):
+        heir = a.backend
+        assert isinstance(heir, PaxosBackend)
+        answers = []
+        with trio.fail_after(LATER):
+            while GrantLost not in answers:
+                try:
+                    await heir.adopt(grant.image, grant.mode, a.holder(grant.mode), [], grant.token)
+                except (LockUnavailable, GrantLost) as error:
+                    answers.append(type(error))
+                await trio.sleep(0.05)
+        assert boottime() - begin < FENCE + 0.5

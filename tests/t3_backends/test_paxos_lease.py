@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from lockfs_paxos_lease.format.leader import Leader
 from t3_backends.lease_process import LeaseHost
 
 TAKEOVER = 6.0
@@ -253,3 +256,46 @@ def test_a_clone_of_this_machine_is_found_out(start: Start, tmp_path: Path, stor
     assert a.call("who") == [1, 1]
     a.call("release")
     assert not a.losses
+
+
+def test_a_host_that_was_rebooted_is_back_soon_and_its_old_leases_are_free(
+    start: Start, tmp_path: Path, storage: Path
+) -> None:
+    a, b = start("host-a"), start("host-b")
+    host_id, _ = a.call("who")
+    a.call("acquire")
+    a.kill()
+    # What is different after a boot: nothing is left in the run directory, and the clock is behind what was written.
+    (file,) = state_files(tmp_path, "host-a")
+    shutil.rmtree(file.parent)
+    lockspace, sector = storage / ".lockfs" / "leases" / "lockspace", slice((host_id - 1) * 512, host_id * 512)
+    data = bytearray(lockspace.read_bytes())
+    record = Leader.decode(bytes(data[sector]))
+    data[sector] = replace(record, timestamp=record.timestamp + 10**9).encode().ljust(512, b"\0")
+    with lockspace.open("r+b") as there:
+        there.write(data)
+    begin = time.monotonic()
+    a = start("host-a")
+    assert a.call("who") == [host_id, 2]
+    assert a.call("acquire") == 2
+    assert time.monotonic() - begin < TAKEOVER * 3 / 4
+    with pytest.raises(RuntimeError, match="Busy: host host-a"):
+        b.call("acquire")
+
+
+@pytest.mark.skipif(not os.environ.get("LOCKFS_LONG"), reason="takes long: LOCKFS_LONG=1")
+def test_a_mount_does_not_wait_for_a_join_that_the_rules_delay(start: Start) -> None:
+    begin = time.monotonic()
+    a = start("host-a", takeover="sanlock", io_timeout="10")
+    assert time.monotonic() - begin < 10
+    with pytest.raises(RuntimeError, match=r"LockUnavailable: this host has no valid lease .* has not joined"):
+        a.call("acquire")
+    while True:
+        try:
+            a.call("acquire")
+        except RuntimeError:
+            assert time.monotonic() - begin < 40
+            time.sleep(0.5)
+        else:
+            break
+    assert time.monotonic() - begin > 20

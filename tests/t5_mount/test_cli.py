@@ -42,7 +42,7 @@ def test_help_and_version(host: Host) -> None:
 
 def test_who_and_options_start_fast() -> None:
     code = (
-        "import sys; from lockfs.cli import main, option_help, who; main.parser(); option_help.tables();"
+        "import sys; from lockfs.cli import main, option_help, who; main.parser(['options']); option_help.tables();"
         "sys.exit(' '.join({'trio', 'pyfuse3'} & set(sys.modules)) or 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

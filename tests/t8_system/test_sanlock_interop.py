@@ -8,6 +8,7 @@ a dead host of the other, which takes more than a minute each.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import threading
@@ -226,3 +227,28 @@ def test_sanlock_takes_over_from_a_dead_host_with_lockfs(cluster: Cluster) -> No
     took = time.monotonic() - begin
     print(f"taken over after {took:.1f} s")
     assert took > DEAD - 5
+
+
+def test_leases_are_those_of_libvirts_sanlock_driver(storage: Path, tmp_path: Path) -> None:
+    """What that driver does to lock a disk, done by hand; its files are ours, whoever makes them."""
+    leases, md5 = tmp_path / "leases", hashlib.md5(b"/mnt/images/img").hexdigest()
+    leases.mkdir()
+    options = {**OPTIONS, "names": "libvirt", "leases": str(leases)}
+    ours = LeaseHost("ours", storage, tmp_path / "run", **options)
+    theirs = Daemon("theirs", tmp_path / "theirs")
+    try:
+        ours.call("acquire")
+        assert sorted(path.name for path in leases.iterdir()) == sorted(["__LIBVIRT__DISKS__", md5])
+        theirs.client("add_lockspace", "-s", f"__LIBVIRT__DISKS__:7:{leases}/__LIBVIRT__DISKS__:0", "-o", "1")
+        resource = f"__LIBVIRT__DISKS__:{md5}:{leases}/{md5}:0"
+        assert theirs.command(resource, "/bin/true").wait(60) != 0
+        ours.call("release")
+        assert theirs.command(resource, "/bin/true").wait(60) == 0
+    finally:
+        ours.close()
+        theirs.close()
+
+
+def test_libvirts_names_need_libvirts_timing_and_directory(storage: Path, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="needs takeover=sanlock"):
+        LeaseHost("ours", storage, tmp_path / "run", names="libvirt")

@@ -400,10 +400,12 @@ class Lease:
             yield from self.area.write_leader(self._freed(leader), membership.valid_until)
         self.untidy = False
 
-    def adopt(self) -> Operation[Mode | None]:
+    def adopt(self, granted: Mode | None = None) -> Operation[Mode | None]:
         """Take up what a predecessor of this very incarnation held, and return it: after `Membership.resume`.
 
-        None if it held nothing; what it left half done is then tidied up.
+        *granted* is what the predecessor is known to have told its user.  Without that knowledge, an exclusive lease is
+        taken up only where nobody is noted as sharing it: the predecessor may have died before it looked for those.
+        Writes nothing: if `untidy` is true then, stop whoever still uses what is not held any more, and `tidy`.
         """
         yield from self.area.quiet()
         leader, area = yield from self.area.read_all()
@@ -416,15 +418,14 @@ class Lease:
                 shared = shared or noted.is_shared
         self._leader, self._block = leader, own
         owner = bool(leader.timestamp) and self._names_us(leader)
+        sure = granted is Mode.EXCLUSIVE or not shared
         if mode.is_shared and mode.generation == membership.generation:
             self.mode, self._mode_block, self.untidy = Mode.SHARED, mode, owner
-        elif owner and not own.is_released and not shared and not leader.flags & SHORT_HOLD:
+        elif owner and not own.is_released and sure and not leader.flags & SHORT_HOLD:
             self.mode = Mode.EXCLUSIVE
         else:
             pending = own.lver > leader.lver and own.bal and not own.is_released
             self.untidy = bool(owner or pending)
-        if self.untidy:
-            yield from self.tidy()
         return self.mode
 
     def _names_us(self, leader: Leader) -> bool:

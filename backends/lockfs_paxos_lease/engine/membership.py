@@ -27,6 +27,8 @@ from lockfs_paxos_lease.format.size import Geometry
 
 MAX_NAME = 47
 """sanlock writes at most so many bytes of a host name, and a zero."""
+CLAIM = 1
+"""In `Leader.unused1` of a delta record: the claim of a host that has not joined yet."""
 _FULL_LOOK = 16
 """Every so many renewals the whole lockspace is read, otherwise only as far as host ids were seen in use."""
 _PAGE = 4096
@@ -63,6 +65,9 @@ class Membership:
         self.why_lost: Lost | None = None
         self._record = Leader(DELTA_MAGIC, timing.delta_version)
         self._unsure = False
+        self._succeeds = False
+        self._trusted: Leader | None = None
+        """Before a claim: the record that is known to have been the last one there, by us or before us."""
         self._looks = 0
         self._extent = 0
         self._calls: dict[int, float] = {}
@@ -105,11 +110,13 @@ class Membership:
 
     # Joining.
 
-    def join(self, host_id: int, *, predecessor_gone: bool = True) -> Operation[None]:
+    def join(self, host_id: int, *, predecessor_gone: bool = True, same_boot: bool = False) -> Operation[None]:
         """Claim *host_id* as a new incarnation.
 
-        A host id that is held must stand still for the long delay first, unless it is held under our own name and the
-        caller knows that nobody acts any more under what that incarnation held (*predecessor_gone*).
+        A host id that is held must stand still for the long delay first, unless it is held under our own name, the
+        caller knows that nobody acts any more under what that incarnation held (*predecessor_gone*), and nobody else
+        can have claimed it since (`_is_ours`).  *same_boot*: the predecessor ran, or may have run, in this boot.
+        After a membership that was lost, or a claim that failed, go on with its `successor`.
         Raises `Clash`, `BadArea`, `StorageTrouble`.
         """
         if not 1 <= host_id <= self.geometry.max_hosts:
@@ -117,42 +124,69 @@ class Membership:
         yield from self._quiet()
         began = self.clock()
         found = yield from self._read_record(host_id)
-        if found.timestamp and not (predecessor_gone and names.same(found.resource_name, self.name)):
+        if found.timestamp and not (predecessor_gone and self._is_ours(found, same_boot)):
             began, found = yield from self._stands_still(host_id, found)
+        self._trusted = found
         short = self.timing.short_delay(found.io_timeout)
-        claim_at = self.clock()
+        now = self.clock()
         claim = replace(
-            found, timestamp=self.timing.stamp(claim_at), io_timeout=self.timing.stored, owner_id=host_id,
+            found, timestamp=self.timing.stamp(now), unused1=CLAIM, io_timeout=self.timing.stored, owner_id=host_id,
             owner_generation=found.owner_generation + 1, resource_name=self.name,
         ).sealed()  # fmt: skip
-        try:
-            yield self._write(host_id, delta.encode(claim, b"", self.geometry.sector), began + short)
-        except DiskError as error:
-            raise StorageTrouble(Code.LEADER_WRITE, f"the claim of host id {host_id} failed: {error}") from error
-        # Whoever read the sector before our write was there has written by now, or finds ours gone when it looks; that
-        # holds only if we were no slower ourselves.  If we were, who was there before us finds out, or fences, first.
+        yield from self._write_claim(host_id, claim, began + short)
+        # Whoever read the sector before our write was there has written by now, or finds ours when it looks; that holds
+        # only if we were no slower ourselves.  If we were, who was there before us finds out, or fences, first.
         slow = self.clock() - began > short / 2
-        yield Sleep(self.timing.long_delay(found.io_timeout) if slow else short)
-        there = yield from self._read_record(host_id)
-        if there != claim:
-            raise self._clash(host_id, there)
-        if self.clock() >= claim_at + self.timing.fence:
-            claim = yield from self._claim_again(host_id, claim)
-        else:
-            self.last_success = claim_at
-        self._record, self._unsure = claim, False
+        delay = self.timing.long_delay(found.io_timeout) if slow else short
+        self._record, self.last_success = yield from self._stand(host_id, claim, now, delay)
+        self._unsure = False
         self.host_id, self.generation = host_id, claim.owner_generation
 
-    def _claim_again(self, host_id: int, claim: Leader) -> Operation[Leader]:
-        """Write a claim again that stood, but for longer than a lease is valid: a short one."""
-        now = self.clock()
-        again = replace(claim, timestamp=self.timing.stamp(now)).sealed()
+    def _is_ours(self, found: Leader, same_boot: bool) -> bool:
+        """Say whether a record under our name is that of a predecessor, and nobody has claimed the host id since.
+
+        A claim or a renewal of ours that came late may stand where another host had claimed the host id, and that host
+        need not have noticed yet.  So the record must not be a claim; where we know what was there last, it must be
+        that; and in the same boot it must be so young that no other host could have taken the predecessor for dead.
+        """
+        if not names.same(found.resource_name, self.name) or found.unused1 == CLAIM:
+            return False
+        if self._trusted is not None or self._succeeds:
+            return found == self._trusted
+        age = self.clock() - self.timing.seconds(found.timestamp)
+        return not same_boot or 0 <= age < self.timing.margin
+
+    def successor(self) -> Membership:
+        """Return the next incarnation of this host, in this process, after this one was lost or has failed to join."""
+        after = Membership(self.space, self.geometry, self.timing, self.name, self.clock)
+        after._succeeds = True
+        after._trusted = self._record if self._record.owner_id else self._trusted
+        return after
+
+    def _stand(self, host_id: int, claim: Leader, since: float, delay: float) -> Operation[tuple[Leader, float]]:
+        """See a claim stand for *delay*, renewing it; return it as it is then, and when it was written last.
+
+        A claim that is not renewed is one that other hosts may take over.
+        """
+        until = self.clock() + delay
+        while True:
+            yield Sleep(min(until - self.clock(), self.timing.renewal))
+            stood = self.clock() >= until
+            there = yield from self._read_record(host_id)
+            if there != claim:
+                raise self._clash(host_id, there)
+            now = self.clock()
+            if stood and now < since + self.timing.fence:
+                return claim, since
+            claim, limit = replace(claim, timestamp=self.timing.stamp(now)).sealed(), since + self.timing.fence
+            yield from self._write_claim(host_id, claim, limit)
+            since = now
+
+    def _write_claim(self, host_id: int, claim: Leader, not_after: float) -> Operation[None]:
         try:
-            yield self._write(host_id, delta.encode(again, b"", self.geometry.sector), now + self.timing.fence)
+            yield self._write(host_id, delta.encode(claim, b"", self.geometry.sector), not_after)
         except DiskError as error:
             raise StorageTrouble(Code.LEADER_WRITE, f"the claim of host id {host_id} failed: {error}") from error
-        self.last_success = now
-        return again
 
     def _stands_still(self, host_id: int, found: Leader) -> Operation[tuple[float, Leader]]:
         """Watch a held host id for the long delay.  Return when the last look began, and what it showed."""
@@ -182,6 +216,8 @@ class Membership:
         there = yield from self._read_record(host_id)
         who = (there.owner_id, there.owner_generation)
         if who != (host_id, generation) or not names.same(there.resource_name, self.name) or not there.timestamp:
+            return False
+        if there.unused1 == CLAIM:
             return False
         success = self.timing.seconds(there.timestamp)
         if not success <= self.clock() < success + self.timing.fence:
@@ -222,7 +258,7 @@ class Membership:
         now, until = self.clock(), self.valid_until
         generation, event, data = self._event
         record = replace(
-            self._record, timestamp=self.timing.stamp(now), io_timeout=self.timing.stored,
+            self._record, timestamp=self.timing.stamp(now), unused1=0, io_timeout=self.timing.stored,
             write_id=generation, write_generation=event, write_timestamp=data,
         ).sealed()  # fmt: skip
         self._calls = {host_id: end for host_id, end in self._calls.items() if now < end}
