@@ -27,6 +27,8 @@ class Mutant:
     new: str
     seed: int
     what: str
+    claims: bool = False
+    """It shows where many hosts want one host id."""
 
     def apply(self) -> CodeType:
         """Put the bug in.  Return what was there before."""
@@ -72,8 +74,8 @@ MUTANTS = {
         "the own lease counts from after the write that renewed it",
     ),
     "zero-own-block": Mutant(
-        lease.Lease._withdraw, "replace(self._block, flags=RELEASED)", "Dblock(flags=RELEASED)", -1,
-        "who gives up zeroes its ballot block",
+        lease.Lease.release, "replace(self._block, flags=RELEASED)", "Dblock(flags=RELEASED)", -1,
+        "who gives a lease back zeroes its ballot block",
     ),
     "ignore-released": Mutant(
         owner._gave_back, "block.is_released and", "False and", -1,
@@ -120,5 +122,21 @@ MUTANTS = {
     "share-without-note": Mutant(
         lease.Lease._share, "replace(self._block, flags=RELEASED), mode)", "replace(self._block, flags=RELEASED), NONE)", -1,
         "a shared hold is not noted on the disk",
+    ),
+    "believe-own-name": Mutant(
+        membership.Membership.join, "self._is_ours(found, same_boot)", "found.resource_name == self.name", -1,
+        "any record under our name counts as a predecessor's, a claim that came late as well", claims=True,
+    ),
+    "slow-claim": Mutant(
+        membership.Membership.join, "self.clock() - began > short / 2", "False", -1,
+        "a claim that took long is believed as soon as one that did not", claims=True,
+    ),
+    "no-second-look": Mutant(
+        membership.Membership._stand, "if there != claim:", "if False:", -1,
+        "a claim is not looked at again", claims=True,
+    ),
+    "no-long-delay": Mutant(
+        membership.Membership._stands_still, "if began - since > delay:", "if True:", -1,
+        "a host id is taken although its record has not stood still for long", claims=True,
     ),
 }  # fmt: skip
