@@ -2,7 +2,8 @@
 
 A step costs one comparison where the environment has no ``LOCKFS_STEPS``.  There that names a directory: a daemon that
 comes to a step whose file lies in it removes the file, and dies as by ``kill -9``.  So one file is one death, whichever
-process comes first, and a successor goes on.  `STEPS` lists them all; each has a test.
+process comes first, and a successor goes on.  A number in the file says how often the step is to be passed before.
+`STEPS` lists them all; each has a test.
 """
 
 from __future__ import annotations
@@ -79,8 +80,15 @@ def step(name: str) -> None:
 def _die_if_asked(directory: str, name: str) -> None:
     if name not in STEPS:
         raise ValueError(f"there is no step '{name}'")
+    path = os.path.join(directory, name)
     try:
-        os.unlink(os.path.join(directory, name))
+        with open(path, encoding="ascii") as file:
+            more = int(file.read() or 0)
     except FileNotFoundError:
         return
+    if more:
+        with open(path, "w", encoding="ascii") as file:
+            file.write(str(more - 1))
+        return
+    os.unlink(path)
     os.kill(os.getpid(), signal.SIGKILL)

@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TypeVar
 
 import trio
@@ -107,20 +108,19 @@ class FcntlBackend:
 
     async def adopt(self, image: Image, mode: Mode, holder: Holder, keep: Sequence[int], token: int | None) -> Grant:
         """Look whether the lock is there: it lives in the descriptor, so there is nothing to do but that."""
-
-        def work() -> Grant:
-            fds = keep[:1] if self._lockspace else [image.fd]
-            path = text.from_bytes(image.path)
-            if not fds or fds[0] < 0:
-                raise GrantLost(f"nobody has the descriptor that the lock on {path} was put on")
-            for exclusive in (True, False):
-                if ofd.is_held(fds[0], exclusive=exclusive, start=START, length=LENGTH):
-                    return Grant(image, Mode.EXCLUSIVE if exclusive else Mode.SHARED, keep=list(keep))
-                if mode is Mode.EXCLUSIVE:
-                    break
+        fds = keep[:1] if self._lockspace else [image.fd]
+        path = text.from_bytes(image.path)
+        if not fds or fds[0] < 0:
+            raise GrantLost(f"nobody has the descriptor that the lock on {path} was put on")
+        # The kernel of this host knows, for most filesystems: then no storage is asked, and no thread is needed.
+        exclusive = ofd.held(fds[0], start=START)
+        if exclusive is None and await self._storage("look at the lock on", image, partial(_is_held, fds[0], mode)):
+            exclusive = mode is Mode.EXCLUSIVE
+        if exclusive is None:
             raise GrantLost(f"the lock on {path} is not there any more")
-
-        return await self._storage("look at the lock on", image, work)
+        if mode is Mode.EXCLUSIVE and not exclusive:
+            raise GrantLost(f"the lock on {path} has become one that others may share")
+        return Grant(image, Mode.EXCLUSIVE if exclusive else Mode.SHARED, keep=list(keep))
 
     async def inherit(self) -> None:
         """Locks in descriptors are gone with these."""
@@ -215,6 +215,10 @@ class FcntlBackend:
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
         return await trio.to_thread.run_sync(work, limiter=self._limiter)
+
+
+def _is_held(fd: int, mode: Mode) -> bool:
+    return ofd.is_held(fd, exclusive=mode is Mode.EXCLUSIVE, start=START, length=LENGTH)
 
 
 def _command(pid: int) -> str:

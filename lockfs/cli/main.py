@@ -83,6 +83,14 @@ def parser(words: Sequence[str]) -> argparse.ArgumentParser:
     dead.add_argument("host", help="its name or number, as `lockfs hosts` shows it")
     dead.add_argument("--source", default="", metavar="DIR", help="only for this source directory")
     dead.add_argument("--reason", default="", metavar="TEXT", help="why you are sure, for the log")
+    upgrade = commands.add_parser(
+        "upgrade",
+        parents=[common, shown],
+        help="replace the daemons of this host by this version",
+        description="Replace lockd and all mount daemons by this version; every lock and every open file stays. "
+        "If this version cannot read what they have written down, nothing is touched.",
+    )
+    upgrade.add_argument("--check", action="store_true", help="only see whether this version could take over")
     options = commands.add_parser("options", parents=[common], help="list the mount options")
     options.add_argument("backend", nargs="?", default="", metavar="BACKEND", help="only those of this backend")
     options.add_argument("--markdown", action="store_true", help="print a Markdown table")
@@ -124,6 +132,10 @@ def _run(arguments: argparse.Namespace) -> int:
             from lockfs.cli import fence
 
             return fence.run(arguments.image, arguments.inode, arguments.reason, directory, as_json=arguments.json)
+        case "upgrade":
+            from lockfs.cli import upgrade
+
+            return upgrade.check(directory) if arguments.check else upgrade.run(directory, as_json=arguments.json)
         case _:
             from lockfs.cli import option_help
 

@@ -21,12 +21,18 @@ from lockfs.protocol.messages import (
     HostList,
     Hosts,
     LockInfo,
+    Replace,
+    Replaced,
     Status,
+    Upgrade,
+    Upgrading,
 )
 from lockfs.protocol.start import is_running
 
 TIMEOUT = 10.0
 """Seconds for lockd to answer a question that needs no storage."""
+UPGRADE_TIMEOUT = 60.0
+"""Seconds for a new version to look at the state, or for a mount daemon to be replaced; both take about one."""
 FENCE_TIMEOUT = 60.0
 """Seconds for a fence, which takes one or two; also of thousands of images on a host in trouble."""
 
@@ -81,6 +87,25 @@ def confirm_dead(run_dir: str, host: str, source: str, reason: str) -> Confirmed
         return done
 
     return _ask(run_dir, ask, CONFIRM_TIMEOUT)
+
+
+def upgrade(run_dir: str, python: str, path: str) -> None:
+    """Have lockd replaced by another version.  Raises `LockfsError` if it refuses."""
+
+    async def ask(client: LockdClient) -> None:
+        await client.call(Upgrade(python, path), Upgrading)
+
+    _ask(run_dir, ask, UPGRADE_TIMEOUT)
+
+
+def replace(run_dir: str, mount_id: str) -> bool:
+    """Have the daemon of a mount replaced; return whether that was done.  Raises `LockfsError`."""
+
+    async def ask(client: LockdClient) -> bool:
+        replaced, _ = await client.call(Replace(mount_id), Replaced)
+        return replaced.done
+
+    return bool(_ask(run_dir, ask, UPGRADE_TIMEOUT))
 
 
 async def _status(client: LockdClient) -> Status:

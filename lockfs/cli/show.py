@@ -54,7 +54,7 @@ def _mount_row(each: MountInfo) -> tuple[str, ...]:
         printable(each.mount.source),
         each.mount.backend,
         str(each.locks),
-        "daemon gone" if each.daemon_gone else str(each.pid),
+        "daemon gone" if each.daemon_gone else "restarting" if each.restarting else str(each.pid),
         moment(each.since),
     )
 

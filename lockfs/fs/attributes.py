@@ -52,6 +52,9 @@ class AttributeOperations(WriteRights):
         self, inode: int, attr: EntryAttributes, fields: SetattrFields, fh: int | None, ctx: RequestContext
     ) -> EntryAttributes:
         """Change size, owner, mode and times, in the order in which none undoes another."""
+        if self.nodes.is_fenced(inode):
+            # A successor may be asked before the kernel has been made to declare the inode bad.
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
         node = self.nodes.get(inode)
         clears_suid = self.clears_suid()
         effect = self.effects.begin()

@@ -12,6 +12,7 @@ from lockfs.fs.journal.effects import Effect
 from lockfs.fs.work import DAEMON
 from lockfs.fs.writing import WriteRights
 from lockfs.linux import files
+from lockfs.linux.files import proc_path
 
 
 class FileOperations(WriteRights):
@@ -47,8 +48,10 @@ class FileOperations(WriteRights):
 
     async def _append(self, handle: FileHandle, off: int, buf: bytes, effect: Effect) -> int:
         """Write to a file that can only be appended to, where the place of a write does not count."""
-        if effect.intended is not None and await self.work.data(os.pread, handle.fd, len(buf), off) == buf:
-            return len(buf)
+        if effect.intended is not None:
+            with self.nodes.borrow(handle.node) as fd:
+                if await self.work.data(_read, fd, off, len(buf)) == buf:
+                    return len(buf)
         with effect.intend(size=off):
             written = await self.work.data(_write_all, handle.fd, off, buf, 0)
         effect.finish(value=written)
@@ -98,6 +101,14 @@ class FileOperations(WriteRights):
             mappings.closed(handle, handle.hold)
         else:
             await self.guard.release(handle.hold)
+
+
+def _read(path_fd: int, offset: int, size: int) -> bytes:
+    fd = os.open(proc_path(path_fd), os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.pread(fd, size, offset)
+    finally:
+        os.close(fd)
 
 
 def _read_cached(fd: int, offset: int, size: int) -> bytes | None:

@@ -72,7 +72,7 @@ class _Image:
     """One image with all its owners in this mount.
 
     `lock_fd` is the descriptor that its lock was put on: the carrier, or one of another mount that has it too.  `keep`
-    are others that came with the lock.  `nodes` are the ids by which it was taken.
+    are others that came with the lock, `token` its token.  `nodes` are the ids by which it was taken.
     """
 
     message: messages.Image
@@ -82,6 +82,7 @@ class _Image:
     lock_fd: int = -1
     keep: list[int] = field(default_factory=list)
     nodes: set[int] = field(default_factory=set)
+    token: int | None = None
     users: int = 0
     lost: bool = False
 
@@ -146,7 +147,7 @@ class Guard:
     def held(self) -> list[Held]:
         """List all that this mount holds."""
         return [
-            Held(image.message, holds, image.lock_fd, tuple(image.keep), image.lost)
+            Held(image.message, holds, image.lock_fd, tuple(image.keep), image.lost, image.token)
             for image in self._images.values()
             if (holds := _holds(image))
         ]
@@ -202,7 +203,7 @@ class Guard:
             return
         before = [*image.keep, *([image.lock_fd] if image.lock_fd not in (-1, image.carrier) else [])]
         image.lock_fd = kept.pop(0) if acquired.foreign else image.carrier
-        image.keep = kept
+        image.keep, image.token = kept, acquired.token
         for fd in before:
             self._work.close(fd)
 
@@ -215,14 +216,14 @@ class Guard:
         image.nodes.add(node.id)
         return Hold(image, owner, mode)
 
-    async def reclaim(self, fetch: Callable[[messages.Image], Awaitable[list[int]]]) -> None:
-        """Have *fetch* return the descriptors that are to be kept with the lock of each image that was taken over."""
+    async def reclaim(self, fetch: Callable[[messages.Image], Awaitable[tuple[int | None, list[int]]]]) -> None:
+        """Have *fetch* return the token of each lock that was taken over, and the descriptors to keep with it."""
         for image in list(self._images.values()):
             if image.lock_fd >= 0 or image.keep:
                 continue
-            kept = await fetch(image.message)
+            token, kept = await fetch(image.message)
             if kept and self._images.get(image.node.identity) is image and image.lock_fd < 0:
-                image.lock_fd, image.keep = kept[0], kept[1:]
+                image.lock_fd, image.keep, image.token = kept[0], kept[1:], token
             else:
                 for fd in kept:
                     self._work.close(fd)

@@ -55,6 +55,7 @@ class Held:
     lock_fd: int
     keep_fds: Sequence[int]
     lost: bool
+    token: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,11 +157,11 @@ class LockdSession:
         self._attachment = _Attachment(answer.dev, answer.data, root_fd, self._fuse_fd, resumable=True)
         return answer.fenced
 
-    async def reclaim(self, image: messages.Image) -> list[int]:
-        """Return the descriptors that are to be kept with the lock of an image.  Raises `LockfsError`."""
+    async def reclaim(self, image: messages.Image) -> tuple[int | None, list[int]]:
+        """Return the token of the lock of an image, and the descriptors to keep with it.  Raises `LockfsError`."""
         call = messages.Reclaim(self._mount_id, image.dev, image.ino)
-        _, keep = await self._client.call(call, messages.Reclaimed)
-        return keep
+        reclaimed, keep = await self._client.call(call, messages.Reclaimed)
+        return reclaimed.token, keep
 
     # Calls -----------------------------------------------------------------------------------------
 
@@ -220,8 +221,8 @@ class LockdSession:
     ) -> None:
         """Give lockd what it needs to fence images of this mount by itself, and to start a successor of this daemon.
 
-        Raises `LockUnavailable`.  Both descriptors stay the caller's; a duplicate of the first is kept until the mount is
-        detached.
+        Raises `LockUnavailable`.  Both descriptors stay the caller's; a duplicate of the first is kept until the mount
+        is detached.
         """
         self._attachment = _Attachment(dev, data, os.dup(root_fd), fuse_fd, resumable)
         down = await self._wait_until_up()
@@ -299,7 +300,9 @@ class LockdSession:
             begin = trio.current_time()
             log.info("lockd is gone; it is started again for %s", mountpoint)
             self._down.set()
-            self._up, self._down = trio.Event(), trio.Event()
+            self._down = trio.Event()
+            if self._up.is_set():  # else this lockd has died before it took over, and callers wait for the next one
+                self._up = trio.Event()
             await self._come_back(mountpoint)
             log.info("lockd is back after %.3f s", trio.current_time() - begin)
 
@@ -380,6 +383,6 @@ def _parts(held: Sequence[Held]) -> list[tuple[list[HeldImage], list[int]]]:
         at = len(fds)
         keep_at = at + (each.lock_fd >= 0)
         keep = list(range(keep_at, keep_at + len(each.keep_fds)))
-        images.append(HeldImage(each.image, each.holds, at if each.lock_fd >= 0 else -1, keep, each.lost))
+        images.append(HeldImage(each.image, each.holds, at if each.lock_fd >= 0 else -1, keep, each.lost, each.token))
         fds += more
     return parts

@@ -12,7 +12,9 @@ import trio
 import lockfs
 from lockfs import log
 from lockfs.errors import EXIT_OK, LockfsError, SystemError_
-from lockfs.lockd.daemon import AlreadyRuns, Daemon, raise_descriptor_limit
+from lockfs.linux import memory
+from lockfs.lockd.daemon import Daemon, raise_descriptor_limit
+from lockfs.lockd.seat import AlreadyRuns
 from lockfs.options import seconds
 from lockfs.protocol import start
 
@@ -33,6 +35,7 @@ def main(argv: list[str] | None = None) -> int:
         run_dir = os.path.abspath(arguments.run_dir)
         log.set_up("lockd", run_dir)
         raise_descriptor_limit()
+        _stay_in_memory()
         host = os.environ.get("LOCKFS_HOST") or os.uname().nodename
         trio.run(Daemon(run_dir, host, arguments.idle_exit).run, tell, strict_exception_groups=True)
     except Exception as raised:
@@ -46,6 +49,17 @@ def main(argv: list[str] | None = None) -> int:
         tell(error)
         return error.exit_code
     return EXIT_OK
+
+
+def _stay_in_memory() -> None:
+    """Have lockd go on where memory is short: all opens for writing wait for it."""
+    try:
+        if not memory.lock():
+            logging.info("without CAP_IPC_LOCK lockd may be paged out, and be slow where memory is short")
+    except OSError as error:
+        logging.info("lockd may be paged out: %s", error.strerror)
+    if not memory.spare_from_oom_killer():
+        logging.info("without CAP_SYS_RESOURCE lockd may be killed where memory is short; it is then started again")
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:

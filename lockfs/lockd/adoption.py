@@ -168,7 +168,7 @@ class Adoption:
         holder = self._holder(held, held.holds[0])
         step("lockd.before-adoption")
         try:
-            grant = await _ask(partial(lock.share.backend.adopt, image, mode, holder, keep, None), held)
+            grant = await _ask(partial(lock.share.backend.adopt, image, mode, holder, keep, held.token), held)
             lock.backed = True
         except GrantLost as error:
             log.error("%s: %s", held.image.path, error)

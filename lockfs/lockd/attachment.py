@@ -91,6 +91,12 @@ class Attachment:
         for each in (self.fuse, self.root, self.process, self.namespace):
             each.close()
 
+    def connection_has_ended(self) -> bool:
+        """Say whether the kernel has ended the connection: it was aborted, or is mounted nowhere any more."""
+        poll = select.poll()
+        poll.register(self.fuse.number, 0)
+        return any(events & select.POLLERR for _, events in poll.poll(0))
+
     def kill_daemon(self) -> None:
         """Send SIGKILL to the mount daemon."""
         try:

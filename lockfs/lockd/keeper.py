@@ -1,8 +1,8 @@
 """Who answers the kernel when a mount daemon is dead.
 
 While a successor is being started nobody answers, and callers wait for it; but if an image has to be fenced in this
-time, a keeper that is `holding` answers what the fence needs, and leaves the rest to be asked for again.  If there is
-no successor, a keeper answers everything.
+time, a keeper that is `holding` answers what is about that image, and leaves the rest to be asked for again.  If there
+is no successor, a keeper answers everything.
 
 Without an answer everybody who uses the mount would hang; and a connection that nobody keeps open is aborted, after
 which no inode can be fenced.  So every request fails as on a connection that has ended, but for one: the attributes of
@@ -117,7 +117,7 @@ class Keeper:
 
     def _is_for_fence(self, request: memoryview) -> bool:
         _size, opcode, _unique, node, *_ = _IN_HEADER.unpack_from(request)
-        return opcode == _GETATTR and node in self._fenced
+        return node in self._fenced and opcode not in (_RELEASE, _RELEASEDIR)
 
     def ask_again(self) -> None:
         """Make the kernel send what the dead daemon had in its hands: else who waits for it does so for good."""

@@ -219,5 +219,14 @@ async def _end_of_daemon(mount: MountIs) -> None:
         if process.of_pid(mount.pid) != process.Process(mount.pid, mount.start):
             return  # the number is another's now
         await trio.lowlevel.wait_readable(pidfd)
+        _reap(mount.pid)
     finally:
         os.close(pidfd)
+
+
+def _reap(pid: int) -> None:
+    """A lockd that has replaced itself is the parent of daemons that it does not know to have started."""
+    try:
+        os.waitpid(pid, os.WNOHANG)
+    except ChildProcessError:
+        pass

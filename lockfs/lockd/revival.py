@@ -22,6 +22,7 @@ import trio
 
 from lockfs import text
 from lockfs.lockd.attachment import Attachment
+from lockfs.lockd.descriptor import Descriptor
 from lockfs.lockd.share import Mounted
 from lockfs.protocol.messages import Claimed
 
@@ -37,9 +38,8 @@ START_TIMEOUT = 15.0
 """Seconds for a successor to take over; it takes a fraction of one, but for a storage that has to be woken."""
 DEATH_PATIENCE = 5.0
 """Seconds for a daemon whose life line has ended to end itself; after that it is killed, and awaited."""
-PATIENT_STARTS = 3
-"""So many starts in a row come at once; then there is a pause before each, twice as long as the one before."""
-FIRST_PAUSE, LAST_PAUSE = 0.1, 5.0
+LAST_PAUSE = 5.0
+"""Seconds of pause before the last start of `RESTARTS`; none before the first, and little before the next ones."""
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +50,8 @@ class Revival:
     `claimed` is what it says that the one before has held.
     """
 
-    def __init__(self, mounted: Mounted, attachment: Attachment, run_dir: str) -> None:
+    def __init__(self, mounted: Mounted, attachment: Attachment, source: Descriptor, run_dir: str) -> None:
+        self._source = source
         self._mounted = mounted
         self._attachment = attachment
         self._run_dir = run_dir
@@ -63,12 +64,13 @@ class Revival:
         mounted, attachment = self._mounted, self._attachment
         mountpoint = mounted.mount.mountpoint
         with attachment.until_closed():
-            with attachment.in_use(), attachment.fuse.in_use(), mounted.source.in_use(), attachment.namespace.in_use():
+            with attachment.in_use(), attachment.fuse.in_use(), self._source.in_use(), attachment.namespace.in_use():
                 await self._await_death()
                 mounted.deaths = mounted.deaths + 1 if trio.current_time() < mounted.served_since + STEADY else 1
                 while mounted.deaths <= RESTARTS:
-                    if mounted.deaths > PATIENT_STARTS:
-                        await trio.sleep(min(FIRST_PAUSE * 2 ** (mounted.deaths - PATIENT_STARTS), LAST_PAUSE))
+                    if attachment.connection_has_ended():
+                        return False
+                    await trio.sleep(LAST_PAUSE * ((mounted.deaths - 1) / RESTARTS) ** 2)
                     log.info("the daemon of %s (process %d) has died; another one is started", mountpoint, mounted.pid)
                     if await self._start():
                         return True
@@ -146,7 +148,7 @@ class Revival:
 
     def _spawn(self, token: str) -> subprocess.Popen[bytes]:
         attachment, mounted = self._attachment, self._mounted
-        fds = (attachment.fuse.number, mounted.source.number, attachment.namespace.number)
+        fds = (attachment.fuse.number, self._source.number, attachment.namespace.number)
         mount = mounted.mount
         return subprocess.Popen(
             [

@@ -26,6 +26,7 @@ from lockfs.lockd.share import Mounted
 from lockfs.lockd.shares import Shares
 from lockfs.lockd.succession import Succession
 from lockfs.lockd.table import Ask, Table
+from lockfs.lockd.upgrade import Version
 from lockfs.protocol import messages
 from lockfs.protocol.varlink import MESSAGE_LIMIT, ProtocolError
 
@@ -79,8 +80,16 @@ class Service:
     """What the interface does.  Methods raise `LockfsError` for what goes to the caller as an error."""
 
     def __init__(
-        self, table: Table, shares: Shares, fencer: Fencer, succession: Succession, events: Events, run_dir: str
+        self,
+        table: Table,
+        shares: Shares,
+        fencer: Fencer,
+        succession: Succession,
+        events: Events,
+        run_dir: str,
+        replace: Callable[[Version], Awaitable[None]],
     ) -> None:
+        self._replace = replace
         self._table = table
         self._succession = succession
         self._shares = shares
@@ -120,13 +129,19 @@ class Service:
                 return Answer(messages.Claims(self._shares.claim(mounted, request)))
             case messages.Reclaim():
                 mounted = self._shares.get(request.mount_id, client.pid)
-                return Answer(messages.Reclaimed(), self._table.kept(mounted, request.dev, request.ino))
+                token, keep = self._table.kept(mounted, request.dev, request.ino)
+                return Answer(messages.Reclaimed(token), keep)
             case messages.TakeOver():
                 mounted = self._shares.get(request.mount_id, client.pid)
                 return await self._take_over(mounted)
             case messages.Obeyed():
                 self._shares.get(request.mount_id, client.pid).orders.obeyed(request.serial)
                 return Answer(messages.Noted())
+            case messages.Upgrade():
+                await self._replace(Version(request.python, request.path))
+                return Answer(messages.Upgrading())
+            case messages.Replace():
+                return Answer(messages.Replaced(await self._shares.replace_daemon(request.mount_id)))
             case messages.Fence():
                 return Answer(messages.Fenced(await self._fencer.fence_these(request.images, request.reason)))
             case messages.Hosts():

@@ -98,8 +98,8 @@ class Mounted:
     mount: messages.Mount
     pid: int
     share: Share
-    source: Descriptor
     since: float = field(default_factory=time.time)
+    source: Descriptor | None = None
     attachment: Attachment | None = None
     detached: bool = False
     gone: bool = False
@@ -132,5 +132,6 @@ class Mounted:
         if self.attachment is not None:
             self.attachment.close()
             self.attachment = None
-        self.source.close()
+        if self.source is not None:
+            self.source.close()
         self.detached = True

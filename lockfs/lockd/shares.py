@@ -18,6 +18,7 @@ import trio
 from lockfs import options, text
 from lockfs.backend import Backend, Context, Spec, find
 from lockfs.errors import LockfsError, MountError
+from lockfs.linux import fuseinode
 from lockfs.lockd.aftermath import Aftermath
 from lockfs.lockd.attachment import Attachment
 from lockfs.lockd.claims import Claim
@@ -97,8 +98,7 @@ class Shares:
         if there is not None or share is None or share.ended.cancel_called:
             return there
         mount = claim.mount.mount
-        top = Descriptor(os.dup(share.top.number), share.storage.closer)
-        ghost = Mounted(mount.mount_id, mount.mount, mount.pid, share, top, mount.since, detached=True, gone=True)
+        ghost = Mounted(mount.mount_id, mount.mount, mount.pid, share, mount.since, detached=True, gone=True)
         self.mounts[mount.mount_id] = share.mounts[mount.mount_id] = ghost
         return ghost
 
@@ -162,7 +162,7 @@ class Shares:
         if mount_id in self.mounts:
             raise MountError(f"{mount.mountpoint} is registered already, by process {self.mounts[mount_id].pid}")
         top = Descriptor(os.dup(source_fd), share.storage.closer)
-        mounted = Mounted(mount_id or secrets.token_hex(8), mount, pid, share, top)
+        mounted = Mounted(mount_id or secrets.token_hex(8), mount, pid, share, source=top)
         try:
             self._succession.register(mounted)
         except BaseException:
@@ -262,7 +262,28 @@ class Shares:
             mounted.keeper = None
         mounted.revival.succeed()
         self._tell("daemon-restarted", mounted)
+        if mounted.fenced and mounted.attachment is not None:
+            self._nursery.start_soon(_declare_bad, mounted.attachment, sorted(mounted.fenced))
         return sorted(mounted.fenced)
+
+    def check_expendable(self) -> None:
+        """Raise `MountError` with the reason if something depends on this very process."""
+        for mounted in self.mounts.values():
+            if mounted.absent and self._table.held_by(mounted):
+                raise MountError(
+                    f"the daemon of {mounted.mount.mountpoint} is dead, and only lockd keeps its locks",
+                    hint="Wait until it has been started again; or end who uses the mount.",
+                )
+        for share in self._shares.values():
+            if share.storage.overdue:
+                raise MountError(f"the storage of {share.source} does not answer")
+
+    async def replace_daemon(self, mount_id: str) -> bool:
+        """Have a successor take a mount over, as `replace`.  Raises `UnknownMount`."""
+        mounted = self.mounts.get(mount_id)
+        if mounted is None:
+            raise UnknownMount(mount_id)
+        return await self.replace(mounted)
 
     async def replace(self, mounted: Mounted) -> bool:
         """End the daemon of a mount and have a successor take over; return whether one serves now."""
@@ -286,8 +307,8 @@ class Shares:
             return
         attachment = mounted.attachment
         await self._succession.died(mounted)
-        if attachment is not None and attachment.resumable and RESTARTS:
-            revival = mounted.revival = Revival(mounted, attachment, self._run_dir)
+        if attachment is not None and attachment.resumable and mounted.source is not None and RESTARTS:
+            revival = mounted.revival = Revival(mounted, attachment, mounted.source, self._run_dir)
             if await revival.run():
                 return
             mounted.revival = None
@@ -345,6 +366,12 @@ class Shares:
 
     def _tell(self, kind: str, mounted: Mounted) -> None:
         self._events.publish(messages.Event(kind, time.time(), mountpoint=mounted.mount.mountpoint))
+
+
+async def _declare_bad(attachment: Attachment, nodes: Sequence[int]) -> None:
+    """Have the kernel refuse all I/O on what was fenced while there was no mount daemon."""
+    call = partial(fuseinode.fence, attachment.root.number)
+    await attachment.requests.for_each(STORAGE_TIMEOUT, call, nodes, {}, [attachment.root])
 
 
 def parse_options(spec: Spec, given: Mapping[str, str]) -> dict[str, object]:

@@ -254,12 +254,12 @@ class Table:
             lock.kick()
         return touched
 
-    def kept(self, mounted: Mounted, dev: int, ino: int) -> list[int]:
-        """Return the descriptors that a mount has to keep with what it holds of an image."""
+    def kept(self, mounted: Mounted, dev: int, ino: int) -> tuple[int | None, list[int]]:
+        """Return the token of the lock of an image that a mount holds, and the descriptors that it has to keep."""
         lock = self.locks.get(_key(mounted.share, dev, ino))
         if lock is None or lock.grant is None or lock.fd is None or not lock.is_held_by(mounted):
-            return []
-        return [lock.fd.number, *lock.grant.keep]
+            return None, []
+        return lock.grant.token, [lock.fd.number, *lock.grant.keep]
 
     def held_by(self, mounted: Mounted) -> list[Lock]:
         """Return the locks that are held through a mount."""

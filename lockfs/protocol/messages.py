@@ -208,7 +208,7 @@ class HeldImage(msgspec.Struct, frozen=True, omit_defaults=True):
     """What is held of one image through a mount.
 
     *lock_fd* is the descriptor that the lock was put on, *keep_fds* the others that came with it; -1 and none if the
-    mount has none.  *lost* says that the image was fenced.
+    mount has none.  *token* is that of the lock.  *lost* says that the image was fenced.
     """
 
     image: Image
@@ -216,6 +216,7 @@ class HeldImage(msgspec.Struct, frozen=True, omit_defaults=True):
     lock_fd: int = -1
     keep_fds: list[int] = []
     lost: bool = False
+    token: int | None = None
 
 
 class HandOver(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -329,8 +330,10 @@ class Reclaim(msgspec.Struct, frozen=True):
     ino: int
 
 
-class Reclaimed(msgspec.Struct, frozen=True):
-    """The descriptors ride along; none if the image is not held."""
+class Reclaimed(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The descriptors ride along; none if the image is not held.  `token` is that of the lock."""
+
+    token: int | None = None
 
 
 class TakeOver(msgspec.Struct, frozen=True):
@@ -403,6 +406,32 @@ class Fence(msgspec.Struct, frozen=True, omit_defaults=True):
 
     images: list[FenceTarget]
     reason: str = ""
+
+
+class Upgrade(msgspec.Struct, frozen=True):
+    """Have lockd replaced by another version: the interpreter, and the directory that the package is in.
+
+    It may be refused; then nothing has changed.  Else lockd ends all connections soon, and is back in a moment.
+    """
+
+    python: str
+    path: str
+
+
+class Upgrading(msgspec.Struct, frozen=True):
+    """The new version can take over."""
+
+
+class Replace(msgspec.Struct, frozen=True):
+    """Have the daemon of a mount replaced by one of the version that lockd is of."""
+
+    mount_id: str
+
+
+class Replaced(msgspec.Struct, frozen=True):
+    """`done` is false if there is no successor, and the daemon is the one it was."""
+
+    done: bool
 
 
 class KilledProcess(msgspec.Struct, frozen=True):
@@ -600,6 +629,8 @@ METHODS: dict[str, tuple[type[msgspec.Struct], type[msgspec.Struct]]] = {
     "Hosts": (Hosts, HostList),
     "ConfirmDead": (ConfirmDead, ConfirmedDead),
     "HandOver": (HandOver, HandedOver),
+    "Upgrade": (Upgrade, Upgrading),
+    "Replace": (Replace, Replaced),
 }
 """Each method with the types of its call and its reply; the class of a call has the method's name."""
 

@@ -60,6 +60,7 @@ def test_defaults() -> None:
         "wait": 1.0,
         "key": "inode",
         "managers": ("libvirtd", "virtqemud", "virtlockd"),
+        "orphans": "keep",
     }
     assert options.backend == {"lease": 16.0}
     assert options.text == {"backend": "testing"}

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import trio
 
-from lockfs.backend import Busy, Denied, Grant, Holder, Host, Image, Mode
+from lockfs.backend import Busy, Denied, Grant, GrantLost, Holder, Host, Image, Mode
 from lockfs.errors import LockUnavailable
 from lockfs.linux.closer import Closer
 from lockfs.lockd.descriptor import Descriptor
@@ -30,13 +30,15 @@ OTHER = Holder("other-host", Mode.EXCLUSIVE, 99, "qemu")
 @dataclass
 class FakeBackend:
     """`elsewhere` are images that another host has, `hang` those whose calls wait for the event, as in a
-    thread: they cannot be cancelled.  `calls` is what was asked.
+    thread: they cannot be cancelled, `gone` those whose locks are not there any more.  `calls` is what was
+    asked.
     """
 
     excludes: bool = True
     elsewhere: dict[int, Holder] = field(default_factory=dict)
     hang: dict[int, trio.Event] = field(default_factory=dict)
     fail: dict[int, Exception] = field(default_factory=dict)
+    gone: set[int] = field(default_factory=set)
     delay: float = 0.0
     calls: list[str] = field(default_factory=list)
     granted: dict[int, Grant] = field(default_factory=dict)
@@ -82,6 +84,15 @@ class FakeBackend:
 
     async def inherit(self) -> None:
         self.inherited.set()
+
+    async def adopt(self, image: Image, mode: Mode, holder: Holder, keep: Sequence[int], token: int | None) -> Grant:
+        await self._call(f"adopt {mode.value}", image.ino)
+        if image.ino in self.granted:
+            self.wrong.append(f"{image.ino} is taken up twice")
+        if image.ino in self.gone:
+            raise GrantLost("it is gone")
+        self.granted[image.ino] = Grant(image, mode, token, list(keep))
+        return self.granted[image.ino]
 
     async def convert(self, grant: Grant, mode: Mode, holder: Holder) -> None:
         await self._call(f"convert {mode.value}", grant.image.ino)
@@ -139,7 +150,7 @@ class Lab:
         return Share(DEV, 1, source, "fake", {}, top, backend, storage)
 
     def mount(self, share: Share, name: str) -> Mounted:
-        mounted = Mounted(name, messages.Mount(share.source, f"/mnt/{name}", "ext4", {}, "fake"), 1, share, share.top)
+        mounted = Mounted(name, messages.Mount(share.source, f"/mnt/{name}", "ext4", {}, "fake"), 1, share)
         share.mounts[name] = mounted
         return mounted
 

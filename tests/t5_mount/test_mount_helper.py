@@ -324,7 +324,8 @@ def test_what_lockd_refuses_reaches_the_person(here: Here, tmp_path: Path, expec
     assert not mounts.is_mounted(tmp_path / "two")
 
 
-def test_a_mount_whose_daemon_was_killed(here: Here) -> None:
+def test_a_mount_whose_daemon_was_killed_for_good(here: Here) -> None:
+    here.host.variables["LOCKFS_RESTARTS"] = "0"
     mount = here.host.mount(here.source, here.mountpoint)
     processes.end([mount.daemon()], signal.SIGKILL, PATIENCE)
     with pytest.raises(OSError, match=r"Transport endpoint is not connected|Software caused connection abort"):

@@ -15,7 +15,8 @@ from harness.host import Host, Mount
 from harness.waiting import wait_until
 from t6_guard.ways import Attempt, Way
 
-SERVING, STOPPED, DEAD = "serving", "stopped", "dead"
+SERVING, STOPPED, DEAD, REPLACED = "serving", "stopped", "dead", "replaced"
+"""How the daemon of a mount is when an image is fenced.  With `REPLACED` it is stopped, too, but gets a successor."""
 
 
 def mounts_of(host: Host) -> dict[str, dict[str, Any]]:
@@ -26,7 +27,7 @@ def mounts_of(host: Host) -> dict[str, dict[str, Any]]:
 def disturb(mount: Mount, how: str) -> None:
     """Stop or kill the daemon of a mount, which has something open."""
     pid = mount.daemon()
-    if how == STOPPED:
+    if how in (STOPPED, REPLACED):
         os.kill(pid, signal.SIGSTOP)
     elif how == DEAD:
         os.kill(pid, signal.SIGKILL)
@@ -81,7 +82,7 @@ class Scene:
         for attempt in self.attempts.values():
             attempt.end()
         wait_until(lambda: not self.mount.host.locks(), 10, "the images to be closed, also by children")
-        if self.how != SERVING and mounts.is_mounted(self.mount.path):
+        if self.how not in (SERVING, REPLACED) and mounts.is_mounted(self.mount.path):
             wait_until(lambda: str(self.mount.path) not in mounts_of(self.mount.host), 10, "lockd to let go of the mount")
             unmount_dead(self.mount)
 

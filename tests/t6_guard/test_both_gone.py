@@ -44,6 +44,14 @@ def result(image: Path, flags: int = os.O_RDWR) -> str:
         return asker.result("open", image, flags)
 
 
+@pytest.fixture(autouse=True)
+def lonely_successor(expect_log: Expected) -> None:
+    """A mount daemon that was just being started by the lockd that is killed says so, and ends."""
+    expect_log("lockd is not running", optional=True)
+    expect_log("lockd closed the connection|lockd is gone", optional=True)
+    expect_log("the mount daemon failed", optional=True)
+
+
 @pytest.fixture
 def image(storage: Path) -> Path:
     path = storage / "image"

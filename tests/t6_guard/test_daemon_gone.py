@@ -1,4 +1,6 @@
-"""A mount daemon that is killed: data that bypasses it goes on, and what is open for writing stays locked."""
+"""A mount daemon that is killed and gets no successor: data that bypasses it goes on, and what is open for writing stays
+locked.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,6 +25,12 @@ from t6_guard.ways import HELPERS
 GONE = "the daemon of .* is dead"
 SOON = 5.0
 """Seconds; it should take one or less."""
+
+
+@pytest.fixture
+def host(make_host: Callable[..., Host]) -> Host:
+    """A host whose lockd starts no mount daemon again."""
+    return make_host("host-a", LOCKFS_RESTARTS="0")
 
 
 @pytest.fixture

@@ -263,6 +263,45 @@ def test_a_lockd_that_is_told_to_stop_leaves_no_writer_without_a_lock(
     unmount_dead(mount)
 
 
+# A mount that goes away for good ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["lazily", "by force", "with its namespace"])
+def test_a_mount_that_is_gone_keeps_what_can_be_written(
+    host: Host, other: Mount, storage: Path, tmp_path: Path, expect_log: Expected, how: str
+) -> None:
+    """Also while lockd is killed."""
+    expect_log("the daemon of .* is dead", optional=True)
+    expect_log("the mount daemon fails, and leaves the mount to a successor", optional=True)
+    expect_log("a daemon of .* did not come up", optional=True)
+    (storage / "image").write_bytes(bytes(8192))
+    mount = host.mount(storage, tmp_path / "mnt", "data=passthrough,wait=0.3")
+    daemon = mount.daemon()
+    with Puppet() as writer, Actor() as asker:
+        writer.tell(HELPERS, path=str(mount / "image"))
+        if how == "with its namespace":
+            writer.tell("checked(libc.unshare(0x20000)); checked(libc.mount(b'none', b'/', None, 0x84000, None))")
+        writer.tell("fd = os.open(path, os.O_RDWR)")
+        if how == "by force":
+            subprocess.run(["umount", "--force", mount.path], check=False, capture_output=True)
+        subprocess.run(["umount", "--lazy", mount.path], check=False, capture_output=True)
+        if how == "with its namespace":
+            writer.tell("checked(libc.umount2(os.path.dirname(path).encode(), 2))")
+        host.mounts.remove(mount)
+        for _ in range(2):
+            assert asker.result("open", other / "image", os.O_RDWR) == "EBUSY"
+            assert writer.tell("outcome(os.pwrite, fd, b'data', 0)") == "ok"
+            time.sleep(0.5)
+            if how != "by force":  # then lockd alone keeps the lock
+                kill_lockd(host)
+        assert asker.result("open", other / "image", os.O_RDWR) == "EBUSY"
+        writer.tell("outcome(os.close, fd)")
+        wait_until(lambda: asker.result("open", other / "image", os.O_RDWR) == "ok", SOON, "the image to be free")
+    assert (storage / "image").read_bytes()[:4] == b"data"
+    assert not processes.wait_until_gone([daemon], SOON)
+    wait_until(lambda: not host.processes(), SOON, "all daemons to end")
+
+
 # Races -------------------------------------------------------------------------------------------
 
 

@@ -32,6 +32,7 @@ from lockfs_paxos_lease.engine.owner import await_end
 from lockfs_paxos_lease.format.dblock import NEVER, NONE, RELEASED, SHARED, Dblock, ModeBlock
 from lockfs_paxos_lease.format.errors import Code
 from lockfs_paxos_lease.format.leader import SHORT_HOLD, Leader
+from lockfs_paxos_lease.format.leader import SIZE as LEADER_SIZE
 
 MAX_BALLOTS = 64
 """Ballots in one attempt.  Each was lost to another host, which then had a fair chance to finish its own."""
@@ -73,6 +74,7 @@ class _Seen:
     not say so, it was set back by a write that came late, and what the block says still holds.
     """
 
+    leader: bytes
     own: Dblock
     mbal: int
     version: int
@@ -194,7 +196,7 @@ class Lease:
     def _survey(self, area: bytes, cur: Leader, attempt: _Attempt) -> _Seen:
         """Return what the blocks say; make our wish unlike any earlier one of ours."""
         membership = self.membership
-        seen = _Seen(NEVER, 0, cur.lver + 1)
+        seen = _Seen(area[:LEADER_SIZE], NEVER, 0, cur.lver + 1)
         times = [self._last_time, membership.timing.stamp(membership.clock()) - 1]
         if cur.owner_id == membership.host_id:
             times.append(cur.timestamp)
@@ -245,7 +247,7 @@ class Lease:
                     return False
             seen.fresh = False
             ballot = Ballot(
-                membership.geometry, me, cur.num_hosts, seen.version, mbal, attempt.wish, self._mode_block,
+                membership.geometry, seen.leader, me, cur.num_hosts, seen.version, mbal, attempt.wish, self._mode_block,
                 shared=attempt.shared,
             )  # fmt: skip
             try:

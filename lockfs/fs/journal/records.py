@@ -220,7 +220,7 @@ def decode(data: bytes | memoryview) -> Iterator[Any]:
     while len(view) - at >= _FRAME.size:
         size, check = _FRAME.unpack_from(view, at)
         body = view[at + _FRAME.size : at + _FRAME.size + size]
-        if len(body) < size or zlib.crc32(body) != check:
+        if not size or len(body) < size or zlib.crc32(body) != check:
             return
         yield _decoder.decode(body)
         at += _FRAME.size + size
