@@ -62,7 +62,7 @@ MUTANTS = {
         "who waits for the death of an owner does not look whether its record changes again",
     ),
     "forget-generation": Mutant(
-        membership.Membership.join, "found.owner_generation + 1", "max(found.owner_generation, 1)", 5,
+        membership.Membership.join, "found.owner_generation + 1", "max(found.owner_generation, 1)", 16,
         "a new incarnation is not told from the one before",
     ),
     "renew-after-l": Mutant(
@@ -82,12 +82,12 @@ MUTANTS = {
         "a lease that its owner has given back in its own block only stays taken",
     ),
     "early-takeover": Mutant(
-        owner.await_end, "began - since > area.timing.dead_after(stored)", "began - since > area.timing.live_for(stored)", 43,
+        owner.await_end, "began - since > area.timing.dead_after(stored)", "began - since > area.timing.live_for(stored)", 102,
         "a host is dead one margin early",
     ),
     "skip-phase-2-read": Mutant(
         lease.Lease._run, "return ballot.settled((yield from self.area.read_ballot(ballot.num_hosts)))",
-        "return Value.of(ballot.block)", 7,
+        "return Value.of(ballot.block)", 2,
         "a ballot is settled without a look at the others after phase 2",
     ),
     "no-deadline": Mutant(
@@ -107,7 +107,7 @@ MUTANTS = {
         "a ballot proposes its own wish although somebody has proposed another one",
     ),
     "ignore-higher-ballots": Mutant(
-        ballot.Ballot._blocks, "if block.mbal > self.mbal:", "if False:", 0,
+        ballot.Ballot._blocks, "if block.mbal > self.mbal:", "if False:", 1,
         "a ballot goes on although somebody has begun a higher one",
     ),
     "no-settling": Mutant(
@@ -115,7 +115,7 @@ MUTANTS = {
         "new writes are sent while an earlier one, given up, may still land",
     ),
     "trust-leader": Mutant(
-        lease.Lease._win, "behind = seen.version > cur.lver + 1", "behind, seen.version = False, cur.lver + 1", 133,
+        lease.Lease._win, "behind = seen.version > cur.lver + 1", "behind, seen.version = False, cur.lver + 1", 81,
         "a leader that a late write has set back is believed",
     ),
     "share-without-note": Mutant(
