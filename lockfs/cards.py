@@ -13,14 +13,21 @@ import logging
 import os
 import secrets
 import stat
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Annotated
 
 import msgspec
 
-from lockfs.backend import Holder, Mode
+from lockfs.backend import Holder, Host, Mode
 from lockfs.linux import procfs
 
 CARD_BYTES = 4096
+MOST = 1000
+"""Cards that are read to tell what hosts hold."""
+SUFFIX = ".json"
+CUT = 24
+"""Characters of a host's name that every backend keeps; a longer one may be cut off."""
 PLACE = (".lockfs", "holders")
 _PATH_CHARS = 1024
 _NAME_CHARS = 128
@@ -117,24 +124,28 @@ class Cards:
         sense.
         """
         card = self._read(ino)
-        if card is None:
-            return None
-        return Holder(
-            host=_show(card.host),
-            mode=card.mode,
-            pid=card.pid,
-            command=_show(card.command),
-            vm=_show(card.vm),
-            since=card.since,
-            path=_show(card.path),
-        )
+        return None if card is None else _holder(card)
+
+    def all(self) -> list[Holder]:
+        """Return what the cards say, those of the first `MOST` images."""
+        if self._directory < 0:
+            return []
+        try:
+            names = [name for name in os.listdir(self._directory) if name.endswith(SUFFIX) and name[0] != "."]
+        except OSError:
+            return []
+        cards = (self._read_file(name) for name in sorted(names)[:MOST])
+        return [_holder(card) for card in cards if card is not None]
 
     def _read(self, ino: int) -> Card | None:
+        return self._read_file(_name(ino))
+
+    def _read_file(self, name: str) -> Card | None:
         if self._directory < 0:
             return None
         try:
             flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-            fd = os.open(_name(ino), flags, dir_fd=self._directory)
+            fd = os.open(name, flags, dir_fd=self._directory)
             try:
                 if not stat.S_ISREG(os.fstat(fd).st_mode):
                     return None
@@ -174,7 +185,30 @@ def _enter(parent: int, name: str) -> int:
 
 
 def _name(ino: int) -> str:
-    return f"{ino:x}.json"
+    return f"{ino:x}{SUFFIX}"
+
+
+def _holder(card: Card) -> Holder:
+    """Return what a card says, made fit to be shown."""
+    return Holder(
+        host=_show(card.host),
+        mode=card.mode,
+        pid=card.pid,
+        command=_show(card.command),
+        vm=_show(card.vm),
+        since=card.since,
+        path=_show(card.path),
+    )
+
+
+def with_holds(hosts: Sequence[Host], holders: Sequence[Holder]) -> list[Host]:
+    """Return hosts with what the cards say that they hold."""
+    return [replace(host, holds=[each.path for each in holders if _is_of(each.host, host.name)]) for host in hosts]
+
+
+def _is_of(name: str, host: str) -> bool:
+    # The records of leases have room for so much of a host's name.
+    return name == host or (len(host) >= CUT and name.startswith(host))
 
 
 def _encode(holder: Holder, identity: str) -> bytes:

@@ -19,7 +19,7 @@ import trio
 
 from lockfs import text
 from lockfs.backend import UNKNOWN_HOST, Busy, Context, Denied, Grant, GrantLost, Holder, Host, Image, Mode
-from lockfs.cards import Cards
+from lockfs.cards import Cards, with_holds
 from lockfs.errors import MountError
 from lockfs.linux import mountinfo, ofd
 from lockfs_fcntl_lockd import lockspace, preflight
@@ -163,7 +163,8 @@ class FcntlBackend:
 
     async def hosts(self) -> Sequence[Host]:
         """Locks have no list of hosts: this one is known."""
-        return [Host(self._context.host, "live", time.time(), here=True)]
+        host = Host(self._context.host, "live", time.time(), here=True)
+        return with_holds([host], await self._in_thread(self._cards.all))
 
     async def confirm_dead(self, host: str) -> str:
         """The filesystem alone says when the locks of a host are free."""

@@ -20,7 +20,7 @@ import trio
 
 from lockfs import text
 from lockfs.backend import UNKNOWN_HOST, Busy, Context, Denied, Grant, GrantLost, Holder, Host, Image, Mode
-from lockfs.cards import Cards
+from lockfs.cards import Cards, with_holds
 from lockfs.errors import LockfsError, LockUnavailable, MountError
 from lockfs_paxos_lease import driver, identity, registry, viewing
 from lockfs_paxos_lease.directory import LeaseDirectory
@@ -303,7 +303,8 @@ class PaxosBackend:
 
     async def hosts(self) -> Sequence[Host]:
         """List the hosts that were ever seen in the lockspace."""
-        return viewing.hosts(self._joined.membership())
+        hosts = viewing.hosts(self._joined.membership())
+        return with_holds(hosts, await self._card(self._cards.all) or [])
 
     async def confirm_dead(self, host: str) -> str:
         """Watch the host for somewhat more than a renewal; then what it held may be taken."""

@@ -22,7 +22,7 @@ import trio
 
 from lockfs import text
 from lockfs.backend import UNKNOWN_HOST, Busy, Context, Denied, Grant, GrantLost, Holder, Host, Image, Mode
-from lockfs.cards import Cards
+from lockfs.cards import Cards, with_holds
 from lockfs.errors import LockUnavailable, MountError
 from lockfs_paxos_lease import driver, identity
 from lockfs_paxos_lease.directory import LeaseDirectory
@@ -31,6 +31,7 @@ from lockfs_paxos_lease.disk.lane import Lane, Overdue
 from lockfs_paxos_lease.engine.timing import DEFAULT_IO_TIMEOUT, Timing
 from lockfs_paxos_lease.format.errors import Code
 from lockfs_paxos_lease.naming import lease_name
+from lockfs_paxos_lease.options import LIBVIRT
 from lockfs_paxos_lease.place import FILE_TIMEOUT, Space
 from lockfs_paxos_lease.san.volume import Joined, LeaseVolume
 from lockfs_paxos_lease.sanlock import link
@@ -95,9 +96,12 @@ class SanlockBackend:
     def _find_place(self, leases: str) -> DaemonPlace:
         context, timing = self._context, Timing.sanlock(self._io_timeout)
         disks, clock = Disks(context.fstype), driver.boottime
+        if context.options["names"] == LIBVIRT and not leases:
+            raise MountError("names=libvirt needs leases=, which must be libvirt's disk_lease_dir")
         if leases and not os.path.isdir(leases):
             return OnVolume(LeaseVolume(disks, clock, timing, leases, _nobody), self._daemon)
-        directory = LeaseDirectory(disks, clock, timing, context.source_fd, self._source, leases)
+        libvirt = context.options["names"] == LIBVIRT
+        directory = LeaseDirectory(disks, clock, timing, context.source_fd, self._source, leases, libvirt=libvirt)
         return InDirectory(directory, self._daemon, self._lane)
 
     # Its life --------------------------------------------------------------------------------
@@ -279,7 +283,7 @@ class SanlockBackend:
             detail = f"host id {each.host_id}, generation {each.generation}"
             seen = wall - (now - live) if live else None
             hosts.append(Host(name, _STATES[each.state], seen, detail, each.host_id, each.host_id == own))
-        return hosts
+        return with_holds(hosts, await self._aside(self._cards.all) or [])
 
     async def confirm_dead(self, host: str) -> str:
         """sanlock takes nobody's word."""
@@ -328,7 +332,7 @@ class SanlockBackend:
         return self._seat, self._marks, self._space
 
     def _name(self, image: Image) -> str:
-        return lease_name(image, str(self._context.options["key"]))
+        return lease_name(image, str(self._context.options["key"]), str(self._context.options["names"]))
 
     def _of(self, grant: Grant) -> _Held:
         held = self._held.get(self._name(grant.image))

@@ -24,6 +24,8 @@ from lockfs.text import from_bytes, to_bytes
 from lockfs_paxos_lease.format import names
 
 ATTRIBUTE = "user.lockfs.lease"
+MOST = names.SIZE - 1
+"""Characters of a name.  One more would fit into a record, but sanlock (3.8.5) misses the end of such a name."""
 LIBVIRT_LOCKSPACE = "__LIBVIRT__DISKS__"
 
 
@@ -89,6 +91,6 @@ def checked(name: str, where: str) -> str:
             f"{where}: '{from_bytes(name.encode(errors='surrogateescape'))}' cannot be the name of a lease",
             hint="Letters, digits, and signs other than / : \\ and blank; not a dot at the beginning.",
         )
-    if len(name) > names.SIZE:
-        raise UsageError(f"{where}: '{name}' is longer than {names.SIZE} characters")
+    if len(name) > MOST:
+        raise UsageError(f"{where}: '{name}' is longer than {MOST} characters")
     return name

@@ -235,8 +235,13 @@ async def test_nothing_is_left_on_the_share(open_host: Open, storage: Path, lock
     assert left == [".lockfs", ".lockfs/holders", *(leases if way == "paxos-lease" else []), "img"]
 
 
-async def test_it_knows_its_own_host(a: Station) -> None:
-    assert "host-a" in [host.name for host in await a.backend.hosts()]
+async def test_it_knows_its_own_host_and_what_that_holds(a: Station) -> None:
+    grant = await a.acquire()
+    (here,) = [host for host in await a.backend.hosts() if host.here]
+    assert (here.name, here.state, here.holds) == ("host-a", "live", [a.holder(grant.mode).path])
+    await a.release(grant)
+    (here,) = [host for host in await a.backend.hosts() if host.here]
+    assert here.holds == []
 
 
 async def test_no_loss_is_told_and_stop_ends_the_stream(open_host: Open) -> None:

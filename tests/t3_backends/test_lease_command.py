@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,18 +14,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
 from harness import processes
 from harness.waiting import wait_until
-from lockfs_paxos_lease.cli import mend, places, survey
+from lockfs_paxos_lease.cli import lease, mend, places, survey
 from lockfs_paxos_lease.format.leader import Leader
 from lockfs_paxos_lease.format.size import MIB, Geometry
 from t3_backends import sanlock_daemon
 from t3_backends.stations import Station, station
 
+from lockfs.backend import Busy, Mode
 from lockfs.cli.main import main
 from lockfs.errors import LockUnavailable
 
 PLAIN = Geometry()
+EXCLUSIVE, SHARED = Mode.EXCLUSIVE, Mode.SHARED
 
 
 def lockfs(*arguments: object, code: int = 0) -> str:
@@ -37,6 +41,7 @@ def lockfs(*arguments: object, code: int = 0) -> str:
         redirect_stdout(output),
         redirect_stderr(output),
     ):
+        patch.setattr(lease, "PAUSE", 0.05)
         patch.setattr(sys, "argv", words)
         patch.setattr(sys, "stdin", nobody)
         got = main()
@@ -107,15 +112,15 @@ def test_dump_tells_what_sanlocks_dump_does(held: Path) -> None:
     assert (host["host_id"], host["name"], host["generation"], host["free"]) == (1, "alpha", 1, False)
     assert (areas[0]["lockspace"], areas[0]["takeover"], host["io_timeout"]) == ("LS", "sanlock", 1)
     assert areas[MIB]["leases"] == [{"number": 0, "name": "RES1", "offset": 3 * MIB}]
-    lease = areas[3 * MIB]
-    assert (lease["name"], lease["held"], lease["version"]) == ("RES1", True, 1)
-    assert lease["owner"] == {"host_id": 1, "generation": 1}
+    there = areas[3 * MIB]
+    assert (there["name"], there["held"], there["version"]) == ("RES1", True, 1)
+    assert there["owner"] == {"host_id": 1, "generation": 1}
     # Record for record as sanlock has it.
     dumped = {int(line.split()[0]): line.split() for line in sanlock_daemon.direct("dump", path).splitlines()[1:]}
     theirs = dumped[3 * MIB]
     assert theirs[1:3] == ["LS", "RES1"]
-    assert [int(each) for each in theirs[3:7]] == [int(lease["timestamp"]), 1, 1, 1]
-    (block,) = lease["ballots"]
+    assert [int(each) for each in theirs[3:7]] == [int(there["timestamp"]), 1, 1, 1]
+    (block,) = there["ballots"]
     shown = next(line for line in sanlock_daemon.direct("dump", path, "-f", "2").splitlines() if "mbal" in line).split()
     numbers = {name: int(shown[shown.index(name) + 1]) for name in ("mbal", "bal", "inp", "inp2", "inp3", "lver")}
     assert numbers == {name: block[name] for name in numbers}
@@ -146,6 +151,23 @@ async def test_what_lockfs_makes_and_uses_is_found_right(storage: Path, tmp_path
         await a.release(grant)
         await b.release(other)
         assert lockfs("check", storage) == "3 areas checked, no findings\n"
+        # While both are at work, too.
+        with trio.move_on_after(3):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(hammer, a)
+                nursery.start_soon(hammer, b)
+                while True:
+                    found = await trio.to_thread.run_sync(lockfs, "check", storage)
+                    assert found == "3 areas checked, no findings\n"
+
+    async def hammer(host: Station) -> None:
+        while True:
+            try:
+                with trio.CancelScope(shield=True):
+                    await host.release(await host.acquire(SHARED if random.random() < 0.3 else EXCLUSIVE))
+            except Busy:
+                pass
+            await trio.sleep(random.random() / 100)
 
     options = {"takeover": "6"}
     async with (
@@ -181,6 +203,22 @@ def test_a_request_record_is_mended(volume: Path) -> None:
     lockfs("check", volume, code=2)
     assert "write an empty request record" in lockfs("repair", volume, "--yes")
     lockfs("check", volume)
+
+
+def test_it_asks_before_it_writes(volume: Path) -> None:
+    changed(volume, 3 * MIB + 512)
+    for answer, code in ((b"no\n", 2), (b"y\n", 0)):
+        ours, theirs = os.openpty()
+        try:
+            os.write(ours, answer)
+            command = [sys.executable, "-m", "lockfs.cli.main", "lease", "repair", str(volume)]
+            done = subprocess.run(command, stdin=theirs, capture_output=True, text=True, timeout=60, check=False)
+        finally:
+            os.close(ours)
+            os.close(theirs)
+        assert done.returncode == code, done.stdout + done.stderr
+        assert "Write this now? [y/N]" in done.stdout
+        lockfs("check", volume, code=code)
 
 
 def test_a_ballot_block_and_a_dead_host_are_mended_and_sanlock_goes_on(volume: Path, tmp_path: Path) -> None:

@@ -29,6 +29,8 @@ from lockfs_paxos_lease.sanlock.wire import (
 from t3_backends import sanlock_daemon
 
 MIB = 1 << 20
+MOST = 47
+"""Bytes of a name: the daemon (3.8.5) garbles one of 48, without a zero at the end, when it is asked what is held."""
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +93,8 @@ async def lease(request: pytest.FixtureRequest, alpha: Daemon, shared: Path) -> 
     path = shared / request.node.name
     path.write_bytes(b"")
     os.truncate(path, MIB)
-    made = Resource(b"LS", b"image", Disk(os.fsencode(path)))
+    # With a name of its own: of the last one the daemon may still be giving back what a closed connection had.
+    made = Resource(b"LS", path.name.encode()[-MOST:], Disk(os.fsencode(path)))
     await alpha.write_resource(made)
     return made
 
@@ -168,9 +171,9 @@ async def test_one_excludes_the_other(a: Client, b: Client, beta: Daemon, lease:
     await a.acquire([lease])
     assert await refused(b, lease) == Code.ACQUIRE_ID_LIVE
     record, owners = await beta.owners(lease)
-    assert (record.name, [host.host_id for host in owners]) == (b"image", [1])
+    assert (record.name, [host.host_id for host in owners]) == (lease.name, [1])
     (held,) = await a.inquire()
-    assert (held.lockspace, held.name, held.disk, held.lver) == (b"LS", b"image", lease.disk, 1)
+    assert (held.lockspace, held.name, held.disk, held.lver) == (b"LS", lease.name, lease.disk, 1)
     await a.release([lease])
     assert await a.inquire() == []
     await b.acquire([lease])
@@ -217,7 +220,7 @@ async def test_whoever_has_a_descriptor_keeps_the_lease_and_can_go_on(
     assert await refused(b, lease) == Code.ACQUIRE_ID_LIVE
     heir = Client.of(kept)
     os.close(kept)
-    assert [held.name for held in await heir.inquire()] == [b"image"]
+    assert [held.name for held in await heir.inquire()] == [lease.name]
     await heir.release()
     await b.acquire([lease])
     heir.close()
@@ -240,8 +243,15 @@ async def test_a_command_that_is_cancelled_ends_the_connection(
         os.kill(pid, signal.SIGCONT)
     with pytest.raises(DaemonGone):
         await a.inquire()
-    await released(alpha, lease)
-    await b.acquire([lease])
+    # The daemon carries the command out, sees that nobody is there any more, and gives the lease back.
+    with trio.fail_after(20):
+        while True:
+            try:
+                await b.acquire([lease], AcquireFlag.OWNER_NOWAIT)
+            except SanlockError:
+                await trio.sleep(0.1)
+            else:
+                break
 
 
 async def test_an_index_of_leases(alpha: Daemon, shared: Path) -> None:

@@ -54,6 +54,10 @@ def test_leases_of_sanlock_under_real_mounts(
             lambda: {each["name"] for each in host.json("hosts")["shares"][0]["hosts"]} == {"host-a", "host-b"},
             PATIENCE, "sanlock has seen both hosts",
         )  # fmt: skip
+        rows = [line.split() for line in host.run("lockfs", "hosts").stdout.splitlines()]
+        assert rows[0] == [str(storage), "(paxos-lease):"]
+        assert next(row for row in rows if row[0] == "host-a")[1:5] == ["(this", "host)", "1", "live"]
+        assert str(a / "img") in next(row for row in rows if row[0] == "host-a")
         assert host.run("lockfs", "hosts", "confirm-dead", "host-b").returncode == 1
         # lockd is killed: the mount daemon keeps the connection, and the next lockd goes on with it.
         lockd = host.lockd()
