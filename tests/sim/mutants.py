@@ -102,6 +102,10 @@ MUTANTS = {
         lease.Lease._commit, "ours = value == attempt.wish", "ours = True", 0,
         "a ballot that settles somebody else's value counts as won",
     ),
+    "erase-proposal": Mutant(
+        ballot.Ballot.phase1, "if earlier.lver == self.lver and earlier.bal and earlier.inp:", "if False:", 557,
+        "a ballot that is begun again erases what the host proposed before, as sanlock does",
+    ),
     "choose-own-wish": Mutant(
         ballot.Ballot.promised, "value = Value.of(best) if best.bal else self.wish", "value = self.wish", 0,
         "a ballot proposes its own wish although somebody has proposed another one",
