@@ -9,9 +9,10 @@ Invariants:
 
 from __future__ import annotations
 
+import logging
 import os
 import random
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -20,9 +21,9 @@ import trio
 from lockfs import text
 from lockfs.backend import UNKNOWN_HOST, Busy, Context, Denied, Grant, GrantLost, Holder, Host, Image, Mode
 from lockfs.cards import Cards, with_holds
-from lockfs.errors import LockUnavailable, MountError
+from lockfs.errors import LockfsError, LockUnavailable, MountError
 from lockfs.linux.deadline import Deadline
-from lockfs_paxos_lease import driver, identity, lockspace, viewing
+from lockfs_paxos_lease import driver, identity, registry, viewing
 from lockfs_paxos_lease.directory import LeaseDirectory
 from lockfs_paxos_lease.disk.area import AreaIO
 from lockfs_paxos_lease.disk.file import Disks, Storage
@@ -33,6 +34,8 @@ from lockfs_paxos_lease.engine.errors import AGAIN, Clash, EngineError, Held
 from lockfs_paxos_lease.engine.membership import Membership
 from lockfs_paxos_lease.engine.timing import DEFAULT_IO_TIMEOUT, Timing
 from lockfs_paxos_lease.errors import explained
+from lockfs_paxos_lease.format.errors import Code
+from lockfs_paxos_lease.lockspace import Lockspace
 from lockfs_paxos_lease.naming import lease_name
 from lockfs_paxos_lease.options import LIBVIRT
 from lockfs_paxos_lease.place import Place, hosts_of
@@ -44,6 +47,7 @@ CARD_THREADS = 4
 TIDY_TIMEOUT = 8.0
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, eq=False)
@@ -74,7 +78,8 @@ class PaxosBackend:
         self._card_lane = Lane(CARD_THREADS)
         self._random = random.SystemRandom()
         self._held: dict[str, _Held] = {}
-        self._lockspace: lockspace.Lockspace | None = None
+        self._lockspace: Lockspace | None = None
+        self._inherited = self._mending = False
         self._tell_lost, self._lost = trio.open_memory_channel[Grant](float("inf"))
 
     def _find_place(self, storage: Storage, leases: str) -> Place:
@@ -100,7 +105,7 @@ class PaxosBackend:
         try:
             await self._card(self._cards.open)
             host_id = self._context.options["host_id"]
-            self._lockspace = await lockspace.enter(
+            self._lockspace = await registry.enter(
                 self, self._place, space, self._timing, driver.boottime, self._context.host, self._context.run_dir,
                 host_id if isinstance(host_id, int) else 0, str(self._context.options["watchdog"]),
             )  # fmt: skip
@@ -114,12 +119,12 @@ class PaxosBackend:
         self._tell_lost.close()
         if self._lockspace is not None:
             joined, self._lockspace = self._lockspace, None
-            await lockspace.leave(self, joined, self._context.run_dir)
+            await registry.leave(self, joined, self._context.run_dir)
         await self._close()
 
     async def _close(self) -> None:
         for held in list(self._held.values()):
-            await self._forget(held)
+            await self._forget(held, given_back=False)
         await self._card(self._cards.close)
         await self._place.close()
 
@@ -133,16 +138,15 @@ class PaxosBackend:
             # the source, say.
             mode = self._held[name].mode if name in self._held else Mode.EXCLUSIVE
             raise Busy(await self._holder(image, membership.host_id, mode))
-        area = await self._place.find_or_create(name)
-        held = self._use(name, membership, area, mode)
+        held = await self._use(name, membership, mode, self._place.find_or_create(name))
         try:
-            with explained(f"lock {text.from_bytes(image.path)}", area.where):
+            with explained(f"lock {text.from_bytes(image.path)}", held.area.where):
                 await joined.note(name)
-                token = await joined.run(held.lease.acquire(_MODES[mode]), area)
+                token = await joined.run(held.lease.acquire(_MODES[mode]), held.area)
         except BaseException as error:
             with trio.CancelScope(shield=True):
                 await self._tidy(held)
-                await self._forget(held)
+                await self._forget(held, given_back=not held.lease.untidy)
             if isinstance(error, Held):
                 raise Busy(await self._who(image, error)) from None
             raise
@@ -158,22 +162,20 @@ class PaxosBackend:
         membership = joined.membership()
         if name in joined.in_use:
             raise LockUnavailable(f"the lease on {path} is in use already")
-        area = await self._place.find(name)
-        if area is None:
-            raise GrantLost(f"the lease on {path} is not there any more")
-        held = self._use(name, membership, area, mode)
+        held = await self._use(name, membership, mode, self._find(name))
         try:
-            with explained(f"look at the lock on {path}", area.where):
+            with explained(f"look at the lock on {path}", held.area.where):
                 await joined.note(name)
-                found = await joined.run(held.lease.adopt(), area)
+                found = await joined.run(held.lease.adopt(_MODES[mode]), held.area)
             has = Mode.SHARED if found is engine.Mode.SHARED else Mode.EXCLUSIVE
             if found is None or (has is Mode.SHARED and mode is Mode.EXCLUSIVE):
                 raise GrantLost(f"the lease on {path} is not this host's any more")
             if has is Mode.EXCLUSIVE and token is not None and held.lease.version != token:
                 raise GrantLost(f"the lease on {path} has changed hands: version {held.lease.version}, not {token}")
-        except BaseException:
+        except BaseException as error:
             with trio.CancelScope(shield=True):
-                await self._forget(held)
+                # One that is lost stays as it is on the disk: who goes by it is yet to be fenced.
+                await self._forget(held, given_back=isinstance(error, GrantLost))
             raise
         held.mode = has
         held.grant = Grant(image, has, token=held.lease.version if has is Mode.EXCLUSIVE else token)
@@ -182,22 +184,37 @@ class PaxosBackend:
 
     async def inherit(self) -> None:
         """Give back what the last lockd had, and nobody has taken up."""
+        self._inherited = True
+        for name in sorted(self._joined.left - self._joined.in_use):
+            await self._give_back(name)
+
+    async def mend(self) -> None:
+        """Try again to give back what the storage did not let us give back."""
+        if not self._inherited or self._mending:
+            return
+        self._mending = True
+        try:
+            await self.inherit()
+        except LockfsError as error:
+            log.info("%s", error.message)
+        finally:
+            self._mending = False
+
+    async def _give_back(self, name: str) -> None:
         joined = self._joined
-        while joined.left - joined.in_use:
-            name = next(iter(joined.left - joined.in_use))
-            area = await self._place.find(name)
-            if area is None:
-                joined.left.discard(name)
-                continue
-            held = self._use(name, joined.membership(), area, Mode.EXCLUSIVE)
-            try:
-                with explained("give back what the last lockd held", area.where):
-                    if await joined.run(held.lease.adopt(), area) is not None:
-                        await joined.run(held.lease.release(), area)
-            finally:
-                with trio.CancelScope(shield=True):
-                    await self._tidy(held)
-                    await self._forget(held)
+        try:
+            held = await self._use(name, joined.membership(), Mode.EXCLUSIVE, self._find(name))
+        except GrantLost:
+            joined.left.discard(name)
+            return
+        try:
+            with explained("give back a lease that nobody uses", held.area.where):
+                if await joined.run(held.lease.adopt(), held.area) is not None:
+                    await joined.run(held.lease.release(), held.area)
+                await joined.run(held.lease.tidy(), held.area)
+        finally:
+            with trio.CancelScope(shield=True):
+                await self._forget(held, given_back=held.lease.mode is None and not held.lease.untidy)
 
     async def convert(self, grant: Grant, mode: Mode, holder: Holder) -> None:
         """Change the mode of the lease; weaker in a way that nobody gets in between."""
@@ -210,6 +227,10 @@ class PaxosBackend:
                 await self._tidy(held)
             if isinstance(error, Held):
                 raise Busy(await self._who(grant.image, error)) from None
+            # To weaken it may have come so far that others share it already: then it is no more than that.
+            grant.mode = held.mode = Mode(held.lease.mode.value) if held.lease.mode is not None else grant.mode
+            if isinstance(error.__cause__, EngineError) and error.__cause__.code in _TAKEN:
+                self._lose(held)
             raise
         grant.mode = held.mode = mode
         await self._card(lambda: self._cards.write(grant.image.ino, replace(holder, mode=mode)))
@@ -220,13 +241,14 @@ class PaxosBackend:
         with trio.CancelScope(shield=True), explained(f"unlock {text.from_bytes(grant.image.path)}", held.area.where):
             await self._card(lambda: self._cards.remove(grant.image.ino))
             try:
-                await self._joined.run(held.lease.release(), held.area)
+                if code := await self._joined.run(held.lease.release(), held.area):
+                    log.error("%s was taken by another host while it was held here (%d)", held.area.where, code)
             finally:
                 await self._tidy(held)
-                await self._forget(held)
+                await self._forget(held, given_back=not held.lease.untidy)
 
     async def _tidy(self, held: _Held) -> None:
-        """Take back what may be on the disk and is not held.  What the storage does not let us is left to run out."""
+        """Take back what may be on the disk and is not held; what the storage does not let us, `mend` does later."""
         if not held.lease.untidy:
             return
         with trio.move_on_after(TIDY_TIMEOUT):
@@ -235,18 +257,35 @@ class PaxosBackend:
             except EngineError:
                 pass
 
-    def _use(self, name: str, membership: Membership, area: AreaIO, mode: Mode) -> _Held:
-        self._joined.in_use.add(name)
+    async def _use(self, name: str, membership: Membership, mode: Mode, opening: Awaitable[AreaIO]) -> _Held:
+        """Begin to use a lease: nobody else on this host does from before its area is opened."""
+        joined = self._joined
+        joined.in_use.add(name)
+        try:
+            area = await opening
+        except BaseException:
+            joined.in_use.discard(name)
+            raise
         self._held[name] = _Held(name, self._lease(name, membership), area, mode)
         return self._held[name]
 
-    async def _forget(self, held: _Held) -> None:
-        """End the use of a lease."""
+    async def _find(self, name: str) -> AreaIO:
+        area = await self._place.find(name)
+        if area is None:
+            raise GrantLost(f"the lease {name} is not there any more")
+        return area
+
+    async def _forget(self, held: _Held, *, given_back: bool) -> None:
+        """End the use of a lease; *given_back*: on the disk, too, or it is not for us to do that."""
         await held.area.close()
-        if self._held.pop(held.name, None) is not None and self._lockspace is not None:
-            self._lockspace.in_use.discard(held.name)
+        if self._held.pop(held.name, None) is None or self._lockspace is None:
+            return
+        if given_back:
             self._lockspace.left.discard(held.name)
             await self._lockspace.drop(held.name)
+        else:
+            self._lockspace.left.add(held.name)
+        self._lockspace.in_use.discard(held.name)
 
     # What there is to know -------------------------------------------------------------------
 
@@ -311,17 +350,20 @@ class PaxosBackend:
     def lose(self, reason: str) -> None:
         """Tell all grants lost, each once."""
         for held in self._held.values():
-            if held.grant is not None and not held.lost:
-                held.lost = True
-                try:
-                    self._tell_lost.send_nowait(held.grant)
-                except (trio.BrokenResourceError, trio.ClosedResourceError):
-                    pass  # nobody listens while it is being stopped
+            self._lose(held)
+
+    def _lose(self, held: _Held) -> None:
+        if held.grant is not None and not held.lost:
+            held.lost = True
+            try:
+                self._tell_lost.send_nowait(held.grant)
+            except (trio.BrokenResourceError, trio.ClosedResourceError):
+                pass  # nobody listens while it is being stopped
 
     # Parts -----------------------------------------------------------------------------------
 
     @property
-    def _joined(self) -> lockspace.Lockspace:
+    def _joined(self) -> Lockspace:
         if self._lockspace is None:
             raise LockUnavailable(f"the backend of {self._source} is not running")
         return self._lockspace
@@ -364,13 +406,20 @@ class PaxosBackend:
         return identity.shown(record.resource_name) if record is not None else ""
 
     async def _card(self, work: Callable[[], T]) -> T | None:
-        """Do something with the cards; no lock depends on it."""
+        """Do something with the cards; no lock depends on it.
+
+        Whoever is cancelled in it would not know what has become of the lock; and it does not take long.
+        """
         try:
-            return await self._card_lane.call(work, CARD_TIMEOUT)
+            with trio.CancelScope(shield=True):
+                return await self._card_lane.call(work, CARD_TIMEOUT)
         except (Overdue, OSError):
-            return None
+            pass
+        return None
 
 
+_TAKEN = (Code.RELEASE_LVER, Code.RELEASE_OWNER)
+"""What is found on the disk where another host has taken a lease that was held."""
 _MODES = {Mode.SHARED: engine.Mode.SHARED, Mode.EXCLUSIVE: engine.Mode.EXCLUSIVE}
 
 

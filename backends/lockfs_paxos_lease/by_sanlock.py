@@ -31,6 +31,7 @@ from lockfs_paxos_lease.disk.lane import Lane, Overdue
 from lockfs_paxos_lease.engine.timing import DEFAULT_IO_TIMEOUT, Timing
 from lockfs_paxos_lease.format.errors import Code
 from lockfs_paxos_lease.naming import lease_name
+from lockfs_paxos_lease.options import LIBVIRT
 from lockfs_paxos_lease.place import FILE_TIMEOUT, Space
 from lockfs_paxos_lease.san.volume import Joined, LeaseVolume
 from lockfs_paxos_lease.sanlock import link
@@ -96,9 +97,12 @@ class SanlockBackend:
     def _find_place(self, leases: str) -> DaemonPlace:
         context, timing = self._context, Timing.sanlock(self._io_timeout)
         disks, clock = Disks(context.fstype), driver.boottime
+        if context.options["names"] == LIBVIRT and not leases:
+            raise MountError("names=libvirt needs leases=, which must be libvirt's disk_lease_dir")
         if leases and not os.path.isdir(leases):
             return OnVolume(LeaseVolume(disks, clock, timing, leases, _nobody), self._daemon)
-        directory = LeaseDirectory(disks, clock, timing, context.source_fd, self._source, leases)
+        libvirt = context.options["names"] == LIBVIRT
+        directory = LeaseDirectory(disks, clock, timing, context.source_fd, self._source, leases, libvirt=libvirt)
         return InDirectory(directory, self._daemon, self._lane)
 
     # Its life --------------------------------------------------------------------------------
@@ -329,7 +333,7 @@ class SanlockBackend:
         return self._seat, self._marks, self._space
 
     def _name(self, image: Image) -> str:
-        return lease_name(image, str(self._context.options["key"]))
+        return lease_name(image, str(self._context.options["key"]), str(self._context.options["names"]))
 
     def _of(self, grant: Grant) -> _Held:
         held = self._held.get(self._name(grant.image))

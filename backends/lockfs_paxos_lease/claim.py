@@ -87,20 +87,25 @@ class Claim:
         rebooted = there.timestamp > self.timing.stamp(self.clock())
         if rebooted and not idle:
             await self._look_for_a_clone(membership, host_id, there)
-        await self.run(membership.join(host_id, predecessor_gone=idle or rebooted))
+        try:
+            await self.run(membership.join(host_id, predecessor_gone=idle or rebooted))
+        except Clash as error:
+            raise self._clone(host_id, error.name) from error
         return membership
 
     async def _look_for_a_clone(self, membership: Membership, host_id: int, there: Leader) -> None:
         await trio.sleep(self.timing.renewal * RENEWALS_WATCHED)
         now = await self.run(membership.read_host(host_id))
         if now.timestamp not in (0, there.timestamp):
-            name = identity.shown(now.resource_name)
-            raise Clash(
-                Code.HOST_ID_BUSY,
-                f"another machine with the same machine-id and hardware UUID is at work as host id {host_id} "
-                f"({name}): one is a copy of the other",
-                now.resource_name,
-            )
+            raise self._clone(host_id, now.resource_name)
+
+    def _clone(self, host_id: int, name: bytes) -> Clash:
+        return Clash(
+            Code.HOST_ID_BUSY,
+            f"another machine with the same machine-id and hardware UUID is at work as host id {host_id} "
+            f"({identity.shown(name)}): one is a copy of the other, or both use one run directory",
+            name,
+        )
 
     async def _take_free(self, records: Mapping[int, Leader]) -> Membership:
         limit = hosts_of(self.timing, self.space.geometry)

@@ -58,7 +58,7 @@ class LeaseDirectory:
         self._fd = -1
         self._space: Space | None = None
         self._libvirt = libvirt
-        self._lockspace = LIBVIRT_LOCKSPACE if libvirt else LOCKSPACE
+        self._lockspace = self.lockspace_file = LIBVIRT_LOCKSPACE if libvirt else LOCKSPACE
         self._suffix = "" if libvirt else SUFFIX
 
     async def open(self) -> Space:
@@ -133,6 +133,10 @@ class LeaseDirectory:
         finally:
             os.unlink(probe, dir_fd=self._fd)
         raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    def lease_file(self, name: str) -> str:
+        """Return the name of the file of a lease."""
+        return name + self._suffix
 
     async def lockspace(self) -> AreaIO:
         """Open the area of the lockspace.  Raises `LockUnavailable`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lockfs.backend import Backend, Context
 from lockfs.errors import MountError
-from lockfs_paxos_lease.options import LOCKFS, SANLOCK
+from lockfs_paxos_lease.options import SANLOCK
 
 
 def make(context: Context) -> Backend:
@@ -15,8 +15,6 @@ def make(context: Context) -> Backend:
     if context.options["engine"] == SANLOCK:
         if context.options["watchdog"]:
             raise MountError("watchdog= is for engine=own: the sanlock daemon has wdmd for that")
-        if context.options["names"] != LOCKFS:
-            raise MountError(f"names={context.options['names']} is for engine=own")
         from lockfs_paxos_lease.by_sanlock import SanlockBackend
 
         return SanlockBackend(context)

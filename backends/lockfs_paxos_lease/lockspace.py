@@ -53,6 +53,9 @@ class Member(Protocol):
     def lose(self, reason: str) -> None:
         """Tell all grants lost."""
 
+    async def mend(self) -> None:
+        """Give back what the storage did not let it give back before.  Raises nothing."""
+
     @property
     def at_stake(self) -> bool:
         """True while there is a lease in use that is not both lost and fenced."""
@@ -87,6 +90,7 @@ class Lockspace:
         self.watchdog_path = watchdog_path
         self._watchdog: Watchdog | None = None
         self._was_member = False
+        self._warned = 0.0
         self._broken = False
         self._inherits_until = math.inf
         self._joined = trio.Event()
@@ -199,7 +203,7 @@ class Lockspace:
         )
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._watch, membership)
-            await self._renew(membership)
+            await self._renew(membership, nursery)
             nursery.cancel_scope.cancel()
         self._membership, self._broken = None, True
         self._lose_all(self._why)
@@ -247,7 +251,7 @@ class Lockspace:
         except OSError as error:
             raise StorageTrouble(-(error.errno or 0), f"cannot note what this host holds: {error}") from error
 
-    async def _renew(self, membership: Membership) -> None:
+    async def _renew(self, membership: Membership, nursery: trio.Nursery) -> None:
         """Renew until the membership is lost."""
         failing = False
         while True:
@@ -258,12 +262,7 @@ class Lockspace:
                 self._why = error.message
                 return
             except (StorageTrouble, BadArea) as error:
-                if not failing:
-                    left = membership.valid_until - self._clock()
-                    log.warning(
-                        "%s: the lease of this host could not be renewed (%s); in %.1f s all it holds is fenced",
-                        self._place.where, error.message, left,
-                    )  # fmt: skip
+                self._warn(membership, error.message)
                 failing = True
                 continue
             self._move_deadline(membership)
@@ -278,6 +277,8 @@ class Lockspace:
                 log.info("%s: the lease of this host is renewed again", self._place.where)
             failing = False
             self._tell_if_slow()
+            if self.left - self.in_use and self.members:
+                nursery.start_soon(self.members[0].mend)
 
     def _tell_if_slow(self) -> None:
         took, limit = self.renewal.read_seconds + self.renewal.write_seconds, self.timing.io_timeout
@@ -285,6 +286,16 @@ class Lockspace:
             log.warning(
                 "%s: the storage is slow: renewing this host's lease took %.1f s, and one call may take %.1f s",
                 self._place.where, took, limit,
+            )  # fmt: skip
+
+    def _warn(self, membership: Membership, why: str) -> None:
+        """Warn once that a renewal is late."""
+        if self._warned != membership.last_success:
+            self._warned = membership.last_success
+            left = membership.valid_until - self._lead - self._clock()
+            log.warning(
+                "%s: the lease of this host could not be renewed (%s); in %.1f s all that it holds is fenced",
+                self._place.where, why, max(left, 0.0),
             )  # fmt: skip
 
     async def _watch(self, membership: Membership) -> None:
@@ -295,6 +306,8 @@ class Lockspace:
                 told = membership.last_success
                 age = self._clock() - told
                 self._lose_all(f"this host's lease was not renewed for {age:.1f} s: the storage does not answer")
+            elif left < (self.timing.fence - self._lead) / 2:
+                self._warn(membership, "the storage has not answered yet")
             await trio.sleep(min(max(left, self.timing.poll / 4), WATCH))
 
     async def _look_at_watchdog(self) -> None:
@@ -367,45 +380,6 @@ class Lockspace:
             await self._written(lambda: self._state.drop(name))
         except StorageTrouble as error:
             log.warning("%s", error.message)
-
-
-_open: dict[tuple[str, tuple[int, int, int]], Lockspace] = {}
-_gates: dict[tuple[str, tuple[int, int, int]], trio.Lock] = {}
-
-
-async def enter(
-    member: Member, place: Place, space: Space, timing: Timing, clock: Clock, host: str, run_dir: str, wanted: int,
-    watchdog_path: str,
-) -> Lockspace:  # fmt: skip
-    """Return the lockspace, joined by this host for this member and for all others that use the same.
-
-    Raises `MountError`, `LockUnavailable`.
-    """
-    key = (run_dir, space.key)
-    async with _gates.setdefault(key, trio.Lock()):
-        lockspace = _open.get(key)
-        if lockspace is None:
-            lockspace = Lockspace(place, space, timing, clock, host, run_dir, wanted, watchdog_path)
-            await lockspace.start()
-            _open[key] = lockspace
-        elif (lockspace.timing, lockspace.wanted, lockspace.watchdog_path) != (timing, wanted, watchdog_path):
-            raise MountError(
-                f"the leases in {place.where} are used on this host with another takeover=, io_timeout=, host_id= or "
-                "watchdog=",
-                hint="All mounts of one host that share leases must agree on these.",
-            )
-        lockspace.members.append(member)
-        return lockspace
-
-
-async def leave(member: Member, lockspace: Lockspace, run_dir: str) -> None:
-    """Let a member go; the last one leaves the lockspace."""
-    key = (run_dir, lockspace.space.key)
-    async with _gates[key]:
-        lockspace.members.remove(member)
-        if not lockspace.members:
-            del _open[key]
-            await lockspace.stop()
 
 
 def _hint(error: EngineError) -> str:

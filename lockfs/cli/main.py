@@ -71,14 +71,6 @@ def parser(words: Sequence[str]) -> argparse.ArgumentParser:
         "--inode", action="append", default=[], metavar="DEV:INO", help="an image by its numbers on the storage"
     )
     fence.add_argument("--reason", default="", metavar="TEXT", help="why, for the log and for who watches")
-    upgrade = commands.add_parser(
-        "upgrade",
-        parents=[common, shown],
-        help="replace the daemons of this host by this version",
-        description="Replace lockd and all mount daemons by this version; every lock and every open file stays. "
-        "If this version cannot read what they have written down, nothing is touched.",
-    )
-    upgrade.add_argument("--check", action="store_true", help="only see whether this version could take over")
     hosts = commands.add_parser("hosts", parents=[common, shown], help="show the hosts that share locks with this one")
     doing = hosts.add_subparsers(dest="action", metavar="ACTION")
     dead = doing.add_parser(
@@ -91,6 +83,14 @@ def parser(words: Sequence[str]) -> argparse.ArgumentParser:
     dead.add_argument("host", help="its name or number, as `lockfs hosts` shows it")
     dead.add_argument("--source", default="", metavar="DIR", help="only for this source directory")
     dead.add_argument("--reason", default="", metavar="TEXT", help="why you are sure, for the log")
+    upgrade = commands.add_parser(
+        "upgrade",
+        parents=[common, shown],
+        help="replace the daemons of this host by this version",
+        description="Replace lockd and all mount daemons by this version; every lock and every open file stays. "
+        "If this version cannot read what they have written down, nothing is touched.",
+    )
+    upgrade.add_argument("--check", action="store_true", help="only see whether this version could take over")
     options = commands.add_parser("options", parents=[common], help="list the mount options")
     options.add_argument("backend", nargs="?", default="", metavar="BACKEND", help="only those of this backend")
     options.add_argument("--markdown", action="store_true", help="print a Markdown table")

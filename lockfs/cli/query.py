@@ -69,25 +69,6 @@ def fence(run_dir: str, images: Sequence[FenceTarget], reason: str) -> list[Fenc
     return results
 
 
-def upgrade(run_dir: str, python: str, path: str) -> None:
-    """Have lockd replaced by another version.  Raises `LockfsError` if it refuses."""
-
-    async def ask(client: LockdClient) -> None:
-        await client.call(Upgrade(python, path), Upgrading)
-
-    _ask(run_dir, ask, UPGRADE_TIMEOUT)
-
-
-def replace(run_dir: str, mount_id: str) -> bool:
-    """Have the daemon of a mount replaced; return whether that was done.  Raises `LockfsError`."""
-
-    async def ask(client: LockdClient) -> bool:
-        replaced, _ = await client.call(Replace(mount_id), Replaced)
-        return replaced.done
-
-    return bool(_ask(run_dir, ask, UPGRADE_TIMEOUT))
-
-
 def hosts(run_dir: str) -> HostList | None:
     """Return the hosts that share locks with this one, or None if no lockd runs.  Raises `LockfsError`."""
 
@@ -106,6 +87,25 @@ def confirm_dead(run_dir: str, host: str, source: str, reason: str) -> Confirmed
         return done
 
     return _ask(run_dir, ask, CONFIRM_TIMEOUT)
+
+
+def upgrade(run_dir: str, python: str, path: str) -> None:
+    """Have lockd replaced by another version.  Raises `LockfsError` if it refuses."""
+
+    async def ask(client: LockdClient) -> None:
+        await client.call(Upgrade(python, path), Upgrading)
+
+    _ask(run_dir, ask, UPGRADE_TIMEOUT)
+
+
+def replace(run_dir: str, mount_id: str) -> bool:
+    """Have the daemon of a mount replaced; return whether that was done.  Raises `LockfsError`."""
+
+    async def ask(client: LockdClient) -> bool:
+        replaced, _ = await client.call(Replace(mount_id), Replaced)
+        return replaced.done
+
+    return bool(_ask(run_dir, ask, UPGRADE_TIMEOUT))
 
 
 async def _status(client: LockdClient) -> Status:

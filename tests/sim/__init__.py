@@ -7,5 +7,7 @@
     reference  a sanlock host, from the description of its algorithms, sharing nothing with the engine
     checker    sees every write that lands and every write of a VM, and says who was allowed
     scenario   one seed: what kind of cluster, what faults, for how long
+    claims     another kind of seed: many hosts that want one host id
     mutants    deliberate bugs, which the checker must catch
+    bench      one operation at a time on areas in memory, for unit tests
 """

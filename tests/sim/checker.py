@@ -11,7 +11,7 @@ write was issued), so until when the host may act.  Rules:
 * Tokens grow from one exclusive session to the next; those of sanlock hosts are not looked at, as a late write of such a
   host may set them back.
 * A host writes its own sectors, leaders and requests, and nobody else's, but to clear a shared hold of a dead host.
-* lockfs hosts: no ballot block is ever zeroed; ballot numbers of one incarnation do not fall within a version.
+* lockfs hosts: no ballot block is ever zeroed, or written for an earlier version or with a lower ballot number.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ class Books:
     until: float = -1.0
     """When its lease runs out, in true time."""
     alive: bool = True
-    mbal: dict[str, tuple[int, int]] = field(default_factory=dict)
+    ballots: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """The last version and ballot number that it has written, for each lease."""
 
 
 class Checker:
@@ -176,9 +177,10 @@ class Checker:
         mbal, lver = _Q.unpack_from(data, 0)[0], _Q.unpack_from(data, 40)[0]
         if not mbal:
             raise self._violation(f"host {machine.number} zeroes its ballot block in {area}")
-        before = books.mbal.get(area, (0, 0))
-        if (lver, mbal) >= before:
-            books.mbal[area] = (lver, mbal)
+        before = books.ballots.get(area, (0, 0))
+        if (lver, mbal) < before:
+            raise self._violation(f"host {machine.number} falls back to ballot {(lver, mbal)} from {before} in {area}")
+        books.ballots[area] = (lver, mbal)
 
     # Judgement.
 

@@ -7,6 +7,7 @@ valid while another one is.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Generator
 from random import Random
 from typing import Any
@@ -18,7 +19,7 @@ from lockfs_paxos_lease.engine.timing import Timing
 from lockfs_paxos_lease.format.fresh import fresh_lockspace
 
 from sim.checker import Violation
-from sim.scenario import DRIFT
+from sim.scenario import DRIFT, Result
 from sim.station import GEOMETRY, SPACE
 from sim.world import SECTOR, SECTORS, Machine, Weather, World
 
@@ -87,8 +88,9 @@ class Claimant(Machine):
                 raise Violation(f"at {self.world.now:.3f}: claimants {self.number} and {others} have host id 1")
 
 
-def claims(seed: int, *, trace: bool = False) -> tuple[World, list[Claimant]]:
-    """Run a seed.  Raises `Violation`."""
+def simulate_claims(seed: int, *, trace: bool = False) -> Result:
+    """Run a seed."""
+    began = time.perf_counter()
     random = Random(seed)
     timing = Timing.own(random.choice([4.0, 16.0]))
     unit = timing.fence / 8
@@ -106,5 +108,13 @@ def claims(seed: int, *, trace: bool = False) -> tuple[World, list[Claimant]]:
         claimant = Claimant(world, number, 1 + DRIFT * (2 * random.random() - 1), timing, everybody)
         everybody.append(claimant)
         world.start(claimant, claimant.live())
-    world.run(30 * timing.fence)
-    return world, everybody
+    failure = ""
+    try:
+        world.run(30 * timing.fence)
+    except Violation as violation:
+        failure = str(violation)
+    return Result(
+        seed, failure, world.now, len(everybody), time.perf_counter() - began, world.steps,
+        joins=sum(claimant.joined for claimant in everybody), refused=sum(claimant.clashes for claimant in everybody),
+        trace=world.trace or [],
+    )  # fmt: skip

@@ -8,6 +8,7 @@ import sys
 import time
 
 from sim import mutants
+from sim.claims import simulate_claims
 from sim.scenario import Result, simulate
 
 
@@ -18,18 +19,20 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="the first one (default 0)")
     parser.add_argument("--jobs", type=int, default=1, metavar="J", help="how many at a time (default 1)")
     parser.add_argument("--trace", action="store_true", help="print what happens")
+    parser.add_argument("--claims", action="store_true", help="many hosts that want one host id")
     parser.add_argument("--mutant", choices=sorted(mutants.MUTANTS), help="with this deliberate bug")
     parser.add_argument("--stop", action="store_true", help="end at the first seed that fails")
     args = parser.parse_args()
     if args.mutant:
         mutants.MUTANTS[args.mutant].apply()
+    story = simulate_claims if args.claims else simulate
     seeds = range(args.seed, args.seed + args.seeds)
     began = time.perf_counter()
     total = Result(0)
     failures = done = 0
     if args.jobs > 1:
         with multiprocessing.Pool(args.jobs) as pool:
-            for result in pool.imap_unordered(simulate, seeds, chunksize=20):
+            for result in pool.imap_unordered(story, seeds, chunksize=20):
                 done += 1
                 failures += _report(result, total, args)
                 if failures and args.stop:
@@ -37,7 +40,7 @@ def main() -> int:
     else:
         for seed in seeds:
             done += 1
-            failures += _report(simulate(seed, trace=args.trace), total, args)
+            failures += _report(story(seed, trace=args.trace), total, args)
             if failures and args.stop:
                 break
     took = time.perf_counter() - began
@@ -45,21 +48,21 @@ def main() -> int:
         f"{done} seeds, {failures} failed, in {took:.1f} s ({1000 * took / max(done, 1):.1f} ms each): "
         f"{total.seconds / took:.0f} cluster-seconds per second\n"
         f"{total.grants} grants, {total.takeovers} takeovers, {total.refused} refusals, {total.joins} joins, "
-        f"{total.resumes} resumed, {total.lost} leases lost, {total.crashes} crashes, {total.data} data writes "
+        f"{total.resumes} resumed, {total.lost} leases lost, {total.crashes} crashes ({total.confirmed} confirmed), {total.data} data writes "
         f"({total.late} late), {total.probes} probes, {total.steps} steps"
     )
     return 1 if failures else 0
 
 
 def _report(result: Result, total: Result, args: argparse.Namespace) -> int:
-    for name in ("seconds", "grants", "takeovers", "data", "late", "joins", "resumes", "lost", "crashes", "refused",
+    for name in ("seconds", "grants", "takeovers", "data", "late", "joins", "resumes", "lost", "crashes", "confirmed", "refused",
                  "probes", "steps"):  # fmt: skip
         setattr(total, name, getattr(total, name) + getattr(result, name))
     for line in result.trace:
         print(line)
     if not result.failure:
         return 0
-    mutant = f" --mutant {args.mutant}" if args.mutant else ""
+    mutant = (" --claims" if args.claims else "") + (f" --mutant {args.mutant}" if args.mutant else "")
     print(f"seed {result.seed} failed: {result.failure}\n    tests/sim/run --seed {result.seed} --trace{mutant}")
     sys.stdout.flush()
     return 1

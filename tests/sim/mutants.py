@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from types import CodeType
 from typing import Any
 
-from lockfs_paxos_lease.engine import area, ballot, lease, membership, owner, timing
+from lockfs_paxos_lease.engine import area, ballot, lease, membership, owner
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,8 @@ class Mutant:
     new: str
     seed: int
     what: str
+    claims: bool = False
+    """It shows where many hosts want one host id."""
 
     def apply(self) -> CodeType:
         """Put the bug in.  Return what was there before."""
@@ -56,69 +58,88 @@ class Mutant:
 
 MUTANTS = {
     "skip-reread": Mutant(
-        owner.await_end, "(record.timestamp != stamp or fresh)", "fresh", -1,
+        owner.await_end, "(record.timestamp != stamp or fresh)", "fresh", 91,
         "who waits for the death of an owner does not look whether its record changes again",
     ),
     "forget-generation": Mutant(
-        membership.Membership.join, "found.owner_generation + 1", "max(found.owner_generation, 1)", -1,
+        membership.Membership.join, "found.owner_generation + 1", "max(found.owner_generation, 1)", 16,
         "a new incarnation is not told from the one before",
     ),
     "renew-after-l": Mutant(
-        membership.Membership.check, "self.clock() >= self.valid_until", "False", -1,
+        membership.Membership.check, "self.clock() >= self.valid_until", "False", 4,
         "a lease that has run out is renewed, and used",
     ),
     "count-from-after": Mutant(
-        membership.Membership._write_renewal, "False, now", "False, self.clock()", -1,
+        membership.Membership._write_renewal, "False, now", "False, self.clock()", 159,
         "the own lease counts from after the write that renewed it",
     ),
     "zero-own-block": Mutant(
-        lease.Lease._withdraw, "replace(self._block, flags=RELEASED)", "Dblock(flags=RELEASED)", -1,
-        "who gives up zeroes its ballot block",
+        lease.Lease.release, "replace(self._block, flags=RELEASED)", "Dblock(flags=RELEASED)", 0,
+        "who gives a lease back zeroes its ballot block",
     ),
     "ignore-released": Mutant(
-        owner._gave_back, "block.is_released and", "False and", -1,
+        owner._gave_back, "block.is_released and", "False and", 0,
         "a lease that its owner has given back in its own block only stays taken",
     ),
     "early-takeover": Mutant(
-        timing.Timing.dead_after, "self.own_dead or 8 * ((stored & _MASK) or self.io_timeout) + WATCHDOG",
-        "self.live_for(stored)", -1,
+        owner.await_end, "began - since > area.timing.dead_after(stored)", "began - since > area.timing.live_for(stored)", 102,
         "a host is dead one margin early",
     ),
     "skip-phase-2-read": Mutant(
         lease.Lease._run, "return ballot.settled((yield from self.area.read_ballot(ballot.num_hosts)))",
-        "return Value.of(ballot.block)", -1,
+        "return Value.of(ballot.block)", 2,
         "a ballot is settled without a look at the others after phase 2",
     ),
     "no-deadline": Mutant(
-        area.LeaseArea._write, "until = min(not_after, self.membership.valid_until)", "until = float('inf')", -1,
+        area.LeaseArea._write, "until = min(not_after, self.membership.valid_until)", "until = float('inf')", 12,
         "a lease is written although the own one has run out between the decision and the write",
     ),
     "ignore-sharers": Mutant(
-        lease.Lease._outlive, "if hosts.holds_on(host_id, mode.generation):", "if False:", -1,
+        lease.Lease._outlive, "if hosts.holds_on(host_id, mode.generation):", "if False:", 1,
         "an exclusive acquire does not care for who shares",
     ),
     "commit-stranger": Mutant(
-        lease.Lease._commit, "ours = value == attempt.wish", "ours = True", -1,
+        lease.Lease._commit, "ours = value == attempt.wish", "ours = True", 0,
         "a ballot that settles somebody else's value counts as won",
     ),
+    "erase-proposal": Mutant(
+        ballot.Ballot.phase1, "if earlier.lver == self.lver and earlier.bal and earlier.inp:", "if False:", 557,
+        "a ballot that is begun again erases what the host proposed before, as sanlock does",
+    ),
     "choose-own-wish": Mutant(
-        ballot.Ballot.promised, "value = Value.of(best) if best.bal else self.wish", "value = self.wish", -1,
+        ballot.Ballot.promised, "value = Value.of(best) if best.bal else self.wish", "value = self.wish", 0,
         "a ballot proposes its own wish although somebody has proposed another one",
     ),
     "ignore-higher-ballots": Mutant(
-        ballot.Ballot._blocks, "if block.mbal > self.mbal:", "if False:", -1,
+        ballot.Ballot._blocks, "if block.mbal > self.mbal:", "if False:", 1,
         "a ballot goes on although somebody has begun a higher one",
     ),
     "no-settling": Mutant(
-        area.LeaseArea.quiet, "yield Settle(Area.LEASE, self.timing.io_timeout)", "yield from ()", -1,
+        area.LeaseArea.quiet, "yield Settle(Area.LEASE, self.timing.io_timeout)", "yield from ()", 0,
         "new writes are sent while an earlier one, given up, may still land",
     ),
     "trust-leader": Mutant(
-        lease.Lease._win, "behind = seen.version > cur.lver + 1", "behind, seen.version = False, cur.lver + 1", -1,
+        lease.Lease._win, "behind = seen.version > cur.lver + 1", "behind, seen.version = False, cur.lver + 1", 81,
         "a leader that a late write has set back is believed",
     ),
     "share-without-note": Mutant(
-        lease.Lease._share, "replace(self._block, flags=RELEASED), mode)", "replace(self._block, flags=RELEASED), NONE)", -1,
+        lease.Lease._share, "replace(self._block, flags=RELEASED), mode)", "replace(self._block, flags=RELEASED), NONE)", 1,
         "a shared hold is not noted on the disk",
+    ),
+    "believe-own-name": Mutant(
+        membership.Membership.join, "self._is_ours(found, same_boot)", "found.resource_name == self.name", 385,
+        "any record under our name counts as a predecessor's, a claim that came late as well", claims=True,
+    ),
+    "slow-claim": Mutant(
+        membership.Membership.join, "self.clock() - began > short / 2", "False", 3,
+        "a claim that took long is believed as soon as one that did not", claims=True,
+    ),
+    "no-second-look": Mutant(
+        membership.Membership._stand, "if there != claim:", "if False:", 0,
+        "a claim is not looked at again", claims=True,
+    ),
+    "no-long-delay": Mutant(
+        membership.Membership._stands_still, "if began - since > delay:", "if True:", 0,
+        "a host id is taken although its record has not stood still for long", claims=True,
     ),
 }  # fmt: skip

@@ -57,6 +57,7 @@ class Result:
     resumes: int = 0
     lost: int = 0
     crashes: int = 0
+    confirmed: int = 0
     refused: int = 0
     probes: int = 0
     mixed: bool = False
@@ -225,6 +226,14 @@ class Scenario:
         downtime = fabric * 1.3 + self.random.random() * 1.5 * self.plan.timing.dead_after(self.plan.timing.stored)
         forever = self.random.random() < 0.15 and len(self.stations) > 1
         station.crash(NEVER if forever else downtime, fabric)
+        if self.random.random() < 0.4:
+            # An administrator sees that the host is off, and says so on another one.
+            self.world.at(self.world.now + fabric * (1.1 + self.random.random()), self._confirm, station)
+
+    def _confirm(self, dead: Station) -> None:
+        others = [station for station in self.stations if station is not dead and station.membership is not None]
+        if not dead.up and others:
+            self.random.choice(others).confirm_dead(dead.number)
 
     def _reference_fault(self, reference: Reference) -> None:
         fabric = self.plan.timing.io_timeout
@@ -248,6 +257,6 @@ def simulate(seed: int, *, trace: bool = False) -> Result:
     hosts = len(scenario.stations) + len(scenario.references)
     return Result(
         seed, failure, world.now, hosts, time.perf_counter() - began, world.steps, checker.grants, checker.takeovers,
-        checker.data, checker.late, counts.joins, counts.resumes, counts.lost, counts.crashes, counts.refused,
+        checker.data, checker.late, counts.joins, counts.resumes, counts.lost, counts.crashes, counts.confirmed, counts.refused,
         counts.probes, bool(scenario.references), world.trace or [],
     )  # fmt: skip

@@ -63,6 +63,7 @@ class Counts:
     resumes: int = 0
     lost: int = 0
     crashes: int = 0
+    confirmed: int = 0
     refused: int = 0
     trouble: int = 0
     probes: int = 0
@@ -387,6 +388,20 @@ class Station(Machine):
     def _restart(self, epoch: int) -> None:
         if epoch == self.epoch:
             self.boot()
+
+    def confirm_dead(self, number: int) -> None:
+        """An administrator says that a host is dead."""
+        if self.membership is not None:
+            self.world.start(self, self._confirm_dead(self.membership, number))
+
+    def _confirm_dead(self, membership: Membership, number: int) -> Generator[Any, Any, None]:
+        try:
+            yield from membership.confirm_dead(number)
+        except EngineError as error:
+            self.world.note(f"host {self.number} does not believe that host {number} is dead: {error}")
+        else:
+            self.counts.confirmed += 1
+            self.world.note(f"host {self.number} takes host {number} for dead")
 
     # At the end.
 

@@ -202,6 +202,17 @@ def test_an_old_leader_record_is_found() -> None:
     assert [finding.host_id for finding in lease.check(area, PLAIN) if finding.level is Level.ERROR] == [1]
 
 
+def test_hosts_may_agree_on_another_io_timeout_than_the_maker_of_the_lockspace() -> None:
+    area = a_lockspace()
+    for host_id in (1, 2):
+        area = put(area, SMALL.delta_offset(host_id) + 174, b"\x01")
+    assert lockspace.check(area, SMALL) == []
+    record = replace(Leader.decode(area), owner_id=3, resource_name=b"gamma", io_timeout=10)
+    area = put(area, SMALL.delta_offset(3), delta.encode(record, b"", SMALL.sector))
+    (finding,) = lockspace.check(area, SMALL)
+    assert (finding.level, finding.host_id) == (Level.WARNING, 3)
+
+
 def test_cloned_machines_are_found() -> None:
     area = a_lockspace()
     record, bitmap = lockspace.records(area, SMALL)[0]

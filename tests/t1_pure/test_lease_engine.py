@@ -16,7 +16,7 @@ from lockfs_paxos_lease.engine.timing import Timing
 from lockfs_paxos_lease.format import dblock, delta, request
 from lockfs_paxos_lease.format.dblock import ModeBlock, decode_host_sector, encode_host_sector
 from lockfs_paxos_lease.format.leader import Leader, validate_paxos
-from lockfs_paxos_lease.format.size import Geometry
+from lockfs_paxos_lease.format.size import ALL, Geometry
 from sim.bench import RESOURCE, SPACE, Bench, Failure
 
 EX, SH = Mode.EXCLUSIVE, Mode.SHARED
@@ -129,6 +129,39 @@ def test_a_lease_for_few_hosts_is_read_in_small_pieces() -> None:
     lease = bench.lease(bench.joined(1))
     bench.run(lease.acquire(EX))
     assert [action.length for action in bench.ios if isinstance(action, Read)] == [4096] * 3
+
+
+@pytest.mark.parametrize("geometry", ALL, ids=str)
+def test_all_sizes(geometry: Geometry) -> None:
+    bench = Bench(geometry=geometry)
+    first, second = bench.lease(bench.joined(1)), bench.lease(bench.joined(geometry.max_hosts))
+    bench.run(first.acquire(EX))
+    with pytest.raises(Held):
+        bench.run(second.acquire(SH))
+    bench.run(first.release())
+    assert bench.run(second.acquire(SH)) == 2
+    assert block(bench, geometry.max_hosts)[1].is_shared
+    with pytest.raises(Held):
+        bench.run(first.acquire(EX))
+
+
+def test_the_watch_reads_as_far_as_hosts_are_known_and_now_and_then_all() -> None:
+    bench = Bench(Timing.own(16))
+    alpha = bench.joined(1)
+    lengths = []
+    for _ in range(17):
+        bench.now += 1
+        bench.run(alpha.renew())
+        lengths += [action.length for action in bench.ios if isinstance(action, Read)]
+    assert lengths[0] == 4096
+    assert max(lengths) >= bench.geometry.max_hosts * 512
+    assert alpha.hosts.state(700, bench.now) is State.FREE
+    far = bench.joined(700)
+    for _ in range(16):
+        bench.now += 1
+        bench.run(far.renew())
+        bench.run(alpha.renew())
+    assert alpha.hosts.state(700, bench.now) is State.LIVE
 
 
 def test_the_worked_example() -> None:
@@ -708,6 +741,30 @@ def test_a_release_after_l_writes_nothing(bench: Bench) -> None:
     bench.run(lease.release())
     assert bench.shape == ""
     assert leader(bench).timestamp != 0
+
+
+def test_a_ballot_is_void_if_the_leader_has_changed(bench: Bench) -> None:
+    """Found by the simulator: who was stopped before its first write, when others had been there meanwhile, and a sanlock
+    had then zeroed the block that would have told.
+    """
+    alpha, beta = bench.joined(1), bench.joined(2)
+    lease, other = bench.lease(alpha), bench.lease(beta)
+    operation = lease.acquire(EX)
+    action = next(operation)
+    while not isinstance(action, Write):
+        action = operation.send(bench._do(action))
+    bench.run(other.acquire(EX))
+    bench.run(other.release())
+    start = bench.geometry.host_offset(2)
+    zeroed = dblock.encode_host_sector(dblock.Dblock(flags=dblock.RELEASED), dblock.NONE, 512)
+    bench.areas[Area.LEASE][start : start + 512] = zeroed
+    got = None
+    while got is None:
+        try:
+            action = operation.send(bench._do(action))
+        except StopIteration as done:
+            got = done.value
+    assert got == leader(bench).lver == 2
 
 
 def test_our_wish_from_an_earlier_attempt_is_not_a_grant(bench: Bench) -> None:

@@ -19,9 +19,12 @@ PATIENCE = 60.0
 
 
 class LeaseHost:
-    """A host that runs.  *share* is the directory of the images, *run_dirs* has the run directories of all hosts."""
+    """A host that runs.  *share* is the directory of the images, *run_dirs* has the run directories of all hosts.
 
-    def __init__(self, name: str, share: Path, run_dirs: Path, **options: str) -> None:
+    *elsewhere*: on another machine of the same identity, a clone.
+    """
+
+    def __init__(self, name: str, share: Path, run_dirs: Path, *, elsewhere: bool = False, **options: str) -> None:
         self.name = name
         self.losses: deque[dict[str, Any]] = deque()
         run_dir = run_dirs / name
@@ -30,7 +33,7 @@ class LeaseHost:
         self.log = run_dir / "log"
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, __file__, *arguments],
+                [*(_other_machine(run_dir) if elsewhere else []), sys.executable, __file__, *arguments],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
             )  # fmt: skip
@@ -105,6 +108,12 @@ class LeaseHost:
                     stream.close()
                 except BrokenPipeError:
                     pass
+
+
+def _other_machine(run_dir: Path) -> list[str]:
+    """Return what starts a program with the same run directory, which is another one."""
+    script = 'mount -t tmpfs tmpfs "$0" && exec "$@"'
+    return ["unshare", "--mount", "--propagation", "private", "sh", "-c", script, str(run_dir)]
 
 
 def boottime() -> float:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import trio
+from lockfs_paxos_lease.given_names import libvirt_name
 from t3_backends.sanlock_daemon import Daemon as SanlockDaemon
 from t3_backends.stations import Station, station
 
@@ -155,6 +156,29 @@ async def test_lockfs_and_sanlock_exclude_each_other(
         one, two = await a.acquire(SHARED), await b.acquire(SHARED)
         await b.release(two)
         await a.release(one)
+        await b.release(await b.acquire())
+
+
+async def test_names_as_libvirt_has_them(
+    daemons: dict[str, SanlockDaemon], storage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lockspace, lease and file are those of libvirt's sanlock driver; and the lease is that of lockfs's own engine."""
+    directory = tmp_path / "disk_lease_dir"
+    directory.mkdir()
+    own = {"names": "libvirt", "leases": str(directory), "takeover": "sanlock", "io_timeout": "1"}
+    monkeypatch.setenv("SANLOCK_RUN_DIR", run_dir(daemons["host-a"]))
+    with pytest.raises(MountError, match="names=libvirt needs leases="):
+        async with station("host-a", storage, "paxos-lease", {**OPTIONS, "names": "libvirt"}, run_dirs=tmp_path / "r"):
+            pass
+    async with (
+        station("host-a", storage, "paxos-lease", {**own, "engine": "sanlock"}, run_dirs=tmp_path / "r") as a,
+        station("host-b", storage, "paxos-lease", own, run_dirs=tmp_path / "r") as b,
+    ):
+        grant = await a.acquire()
+        name = libvirt_name(b"/mnt/images/img")
+        assert f"r __LIBVIRT__DISKS__:{name}:{directory}/{name}:0:1 p " in daemons["host-a"].client("status")
+        assert (await refused(b)).holder.host == "host-a"
+        await a.release(grant)
         await b.release(await b.acquire())
 
 

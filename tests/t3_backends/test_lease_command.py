@@ -205,6 +205,22 @@ def test_a_request_record_is_mended(volume: Path) -> None:
     lockfs("check", volume)
 
 
+def test_it_asks_before_it_writes(volume: Path) -> None:
+    changed(volume, 3 * MIB + 512)
+    for answer, code in ((b"no\n", 2), (b"y\n", 0)):
+        ours, theirs = os.openpty()
+        try:
+            os.write(ours, answer)
+            command = [sys.executable, "-m", "lockfs.cli.main", "lease", "repair", str(volume)]
+            done = subprocess.run(command, stdin=theirs, capture_output=True, text=True, timeout=60, check=False)
+        finally:
+            os.close(ours)
+            os.close(theirs)
+        assert done.returncode == code, done.stdout + done.stderr
+        assert "Write this now? [y/N]" in done.stdout
+        lockfs("check", volume, code=code)
+
+
 def test_a_ballot_block_and_a_dead_host_are_mended_and_sanlock_goes_on(volume: Path, tmp_path: Path) -> None:
     """Not the block of the holder, who writes it anew by itself."""
     path, offset = volume, 3 * MIB + PLAIN.host_offset(1)

@@ -18,7 +18,7 @@ from lockfs_paxos_lease.watchdog import Watchdog
 from t3_backends.lease_storage import Trouble
 from t3_backends.stations import Station, station
 
-from lockfs.backend import Busy, Grant, GrantLost
+from lockfs.backend import Busy, Grant, GrantLost, Mode
 from lockfs.errors import LockUnavailable, MountError
 
 TAKEOVER = 6.0
@@ -393,3 +393,66 @@ async def test_a_successor_on_storage_that_hangs_says_in_time_that_all_is_lost(h
                     answers.append(type(error))
                 await trio.sleep(0.05)
         assert boottime() - begin < FENCE + 0.5
+
+
+async def test_what_could_not_be_given_back_is_given_back_later(host: Open) -> None:
+    async with host("host-a") as (a, trouble), host("host-b") as (b, _):
+        grant = await a.acquire()
+        await a.backend.inherit()
+        trouble.fails = lambda what, path: (
+            OSError(errno.EIO, os.strerror(errno.EIO)) if what == "write" and path.endswith(".lease") else None
+        )
+        with pytest.raises(LockUnavailable, match="Input/output error"):
+            await a.release(grant)
+        with pytest.raises(Busy, match="host-a"):
+            await b.acquire()
+        trouble.heal()
+        with trio.fail_after(LATER):
+            while True:
+                try:
+                    await b.release(await b.acquire())
+                    break
+                except Busy:
+                    await trio.sleep(0.05)
+
+
+async def test_a_grant_says_no_more_than_there_is_when_it_could_not_be_weakened(host: Open) -> None:
+    """Others may share it already: what is left of it must not be taken for all of it."""
+    async with host("host-a") as (a, trouble), host("host-b") as (b, _):
+        grant = await a.acquire()
+        seen = 0
+
+        def fails(what: str, path: str) -> OSError | None:
+            nonlocal seen
+            seen += what == "write" and path.endswith(".lease")
+            return OSError(errno.EIO, os.strerror(errno.EIO)) if seen == 2 and what == "write" else None
+
+        trouble.fails = fails
+        with pytest.raises(LockUnavailable, match="Input/output error"):
+            await a.backend.convert(grant, Mode.SHARED, a.holder(Mode.SHARED))
+        trouble.fails = lambda what, path: None
+        assert grant.mode is Mode.SHARED
+        other = await b.acquire(Mode.SHARED)
+        with pytest.raises(Busy, match="host-b"):
+            await a.backend.convert(grant, Mode.EXCLUSIVE, a.holder(Mode.EXCLUSIVE))
+        await b.release(other)
+        await a.backend.convert(grant, Mode.EXCLUSIVE, a.holder(Mode.EXCLUSIVE))
+        await a.release(grant)
+
+
+async def test_who_is_cancelled_while_the_card_is_written_has_no_lock_that_nobody_knows(host: Open) -> None:
+    async with host("host-a") as (a, _), host("host-b") as (b, _):
+        backend = a.backend
+        assert isinstance(backend, PaxosBackend)
+        with trio.CancelScope() as scope:
+            real = backend._cards.write
+
+            def write(*arguments: object) -> None:
+                trio.from_thread.run_sync(scope.cancel)
+                real(*arguments)  # type: ignore[arg-type]
+
+            backend._cards.write = write  # type: ignore[method-assign]
+            grant = await a.acquire()
+        assert backend._held[backend._name(grant.image)].grant is grant
+        await a.release(grant)
+        await b.release(await b.acquire())

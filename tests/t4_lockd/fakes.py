@@ -84,6 +84,9 @@ class FakeBackend:
         self.granted[image.ino] = Grant(image, mode)
         return self.granted[image.ino]
 
+    async def inherit(self) -> None:
+        self.inherited.set()
+
     async def adopt(self, image: Image, mode: Mode, holder: Holder, keep: Sequence[int], token: int | None) -> Grant:
         await self._call(f"adopt {mode.value}", image.ino)
         if image.ino in self.granted:
@@ -92,9 +95,6 @@ class FakeBackend:
             raise GrantLost("it is gone")
         self.granted[image.ino] = Grant(image, mode, token, list(keep))
         return self.granted[image.ino]
-
-    async def inherit(self) -> None:
-        self.inherited.set()
 
     async def convert(self, grant: Grant, mode: Mode, holder: Holder) -> None:
         await self._call(f"convert {mode.value}", grant.image.ino)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -104,3 +106,48 @@ def test_what_a_host_holds_is_fenced_when_its_record_is_not_its_own_any_more(
         lockspace.write_bytes(data)
         wait_until(lambda: one.result("write", fd, "more", 0) != "ok", LATER, "the fence")
         assert one.result("write", fd, "more", 0) == "EIO"
+
+
+@pytest.fixture
+def frozen(tmp_path: Path) -> Iterator[Callable[[bool], None]]:
+    """A filesystem of its own at ``disk``, that can be made to hang: what writes to it waits."""
+    image, disk = tmp_path / "disk.img", tmp_path / "disk"
+    disk.mkdir()
+    with image.open("wb") as file:
+        file.truncate(64 << 20)
+    subprocess.run(["mkfs.ext4", "-q", image], check=True)
+    subprocess.run(["mount", "-o", "loop", image, disk], check=True)
+    state = {"frozen": False}
+
+    def freeze(yes: bool) -> None:
+        if state["frozen"] != yes:
+            subprocess.run(["fsfreeze", "--freeze" if yes else "--unfreeze", disk], check=True)
+            state["frozen"] = yes
+
+    yield freeze
+    freeze(False)
+    wait_until(lambda: subprocess.run(["umount", disk], check=False).returncode == 0, LATER, "the unmount")
+
+
+def test_what_a_host_holds_on_storage_that_hangs_is_fenced_in_time(
+    frozen: Callable[[bool], None], make_host: Callable[..., Host], tmp_path: Path, expect_log
+) -> None:
+    for record in ("could not be renewed", "is to be fenced", "lost the lock o[nf]", "fenced .*: its handles fail"):
+        expect_log(record)
+    expect_log("cannot join|is slow|has not answered|could not be given back", optional=True)
+    host = make_host("host-a")
+    mount = host.mount(tmp_path / "disk", tmp_path / "mnt", OPTIONS)
+    with Actor() as one:
+        fd = one.call("open", mount / "img", os.O_RDWR | os.O_CREAT)
+        one.call("write", fd, "before", 0)
+        frozen(True)
+        begin = time.monotonic()
+        wait_until(lambda: "its handles fail" in host.log(), TAKEOVER / 2 + LATER, "the fence")
+        assert time.monotonic() - begin < TAKEOVER * 3 / 4, "others could have it by now"
+        assert one.result("write", fd, "after", 0) == "EIO"
+        frozen(False)
+        assert one.result("write", fd, "after", 0) == "EIO"
+        one.result("close", fd)
+        wait_until(lambda: one.result("open", mount / "img", os.O_RDWR) == "ok", TAKEOVER + LATER, "a new lease")
+    assert (tmp_path / "disk" / "img").read_text() == "before"
+    mount.umount()

@@ -2,7 +2,7 @@
 
 Who holds the image makes a file that must not be there; that file is the checker, and knows nothing of leases.
 
-``LOCKFS_CONTENTION_SECONDS`` is how long they contend (default 10); ``LOCKFS_LONG=1`` also has each kind take over from
+``LOCKFS_CONTENTION_SECONDS`` is how long they contend (default 6); ``LOCKFS_LONG=1`` also has each kind take over from
 a dead host of the other, which takes more than a minute each.
 """
 
@@ -20,7 +20,7 @@ import pytest
 from t3_backends.lease_process import LeaseHost
 from t3_backends.sanlock_daemon import Daemon, direct
 
-SECONDS = float(os.environ.get("LOCKFS_CONTENTION_SECONDS", "10"))
+SECONDS = float(os.environ.get("LOCKFS_CONTENTION_SECONDS", "6"))
 LONG = pytest.mark.skipif(not os.environ.get("LOCKFS_LONG"), reason="takes minutes: LOCKFS_LONG=1")
 OPTIONS = {"takeover": "sanlock", "io_timeout": "1"}
 DEAD = 68

@@ -31,12 +31,10 @@ def check(area: bytes, geometry: Geometry) -> Findings:
     found = Findings()
     hosts = records(area, geometry)
     common = consensus(hosts)
-    timeouts = Counter(each.io_timeout for each, _ in hosts).most_common(1)[0][0]
     for number, (record, bitmap) in enumerate(hosts):
         _check_host(found, geometry, number + 1, record, bitmap, common)
-        if record.io_timeout != timeouts:
-            _check_timeout(found, geometry, number + 1, record, timeouts)
         _check_rest(found, geometry, number + 1, area)
+    _check_timeouts(found, geometry, hosts)
     _check_names(found, geometry, hosts)
     end = geometry.max_hosts * geometry.sector
     if area[end:].strip(b"\0"):
@@ -71,15 +69,33 @@ def _check_host(
         found.warn(*where, "it calls host ids that there are none of", host_id=host_id)
 
 
-def _check_timeout(found: Findings, geometry: Geometry, host_id: int, record: Leader, usual: int) -> None:
-    """No checksum covers the io_timeout, but who judges a host goes by it, and one that is too short is deadly."""
-    own = version.takeover_of(record.version) is not None
-    if own or not record.io_timeout or record.io_timeout < usual:
-        what = f"its io_timeout is {record.io_timeout} s, that of most others {usual} s"
-        found.error(_name(host_id), geometry.delta_offset(host_id), what, host_id=host_id)
-    else:
-        what = f"its io_timeout is {record.io_timeout} s, that of most others {usual} s"
-        found.warn(_name(host_id), geometry.delta_offset(host_id), what, host_id=host_id)
+def _check_timeouts(found: Findings, geometry: Geometry, hosts: list[tuple[Leader, bytes]]) -> None:
+    """No checksum covers the io_timeout, but who judges a host goes by it, and one that is too short is deadly.
+
+    Hosts may have another one than the maker of the lockspace, and even than each other, but that is seldom meant.
+    """
+    used = {number + 1: record for number, (record, _) in enumerate(hosts) if record.owner_generation}
+    made = Counter(record.io_timeout for record, _ in hosts if not record.owner_generation)
+    usual = _most_common(Counter(record.io_timeout for record in used.values()) or made)
+    for number, (record, _) in enumerate(hosts):
+        host_id, there = number + 1, record.io_timeout
+        what = f"its io_timeout is {there} s"
+        if host_id in used and there != usual:
+            own = version.takeover_of(record.version) is not None
+            note = found.error if own or there < usual else found.warn
+            note(
+                _name(host_id),
+                geometry.delta_offset(host_id),
+                f"{what}, that of other hosts {usual} s",
+                host_id=host_id,
+            )
+        elif made and there != _most_common(made) and (host_id not in used or len(used) == 1):
+            what = f"{what}, and the lockspace was made with {_most_common(made)} s"
+            found.warn(_name(host_id), geometry.delta_offset(host_id), what, host_id=host_id)
+
+
+def _most_common(counts: Counter[int]) -> int:
+    return counts.most_common(1)[0][0]
 
 
 def _check_rest(found: Findings, geometry: Geometry, host_id: int, area: bytes) -> None:

@@ -9,7 +9,7 @@ from lockfs_paxos_lease.check import index as index_check
 from lockfs_paxos_lease.check import lease as lease_check
 from lockfs_paxos_lease.check import lockspace as lockspace_check
 from lockfs_paxos_lease.check.area import Kind
-from lockfs_paxos_lease.check.finding import Finding, Findings, Level
+from lockfs_paxos_lease.check.finding import Finding, Findings, Level, Remedy
 from lockfs_paxos_lease.cli.places import Area
 from lockfs_paxos_lease.format.errors import Code
 from lockfs_paxos_lease.format.leader import Leader
@@ -29,16 +29,17 @@ class Survey:
         return any(finding.level is Level.ERROR for _, finding in self.findings)
 
 
-def take(found: Iterable[Area]) -> Survey:
+def take(areas: Iterable[Area]) -> Survey:
     """Check areas.  If one of them is their lockspace, leases are held against what it says of hosts."""
-    survey = Survey(list(found))
+    survey = Survey(list(areas))
     spaces = [area for area in survey.areas if area.kind is Kind.LOCKSPACE]
     generations: dict[int, int] | None = None
     if len(spaces) == 1:
         records = lockspace_check.records(spaces[0].data, spaces[0].geometry)
         survey.space = lockspace_check.consensus(records)
-        bad = {finding.host_id for finding in lockspace_check.check(spaces[0].data, spaces[0].geometry)}
-        if not bad:
+        found = lockspace_check.check(spaces[0].data, spaces[0].geometry)
+        # Of a host whose record is damaged nobody knows the generation.
+        if not any(finding.remedy is Remedy.HOST for finding in found):
             generations = {number + 1: record.owner_generation for number, (record, _) in enumerate(records)}
     leaders = {
         (area.path, area.offset): Leader.decode(area.data)

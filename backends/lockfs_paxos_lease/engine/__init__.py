@@ -9,6 +9,10 @@ Nothing here imports trio or os, sleeps, or looks at a clock of its own; `engine
 `hosts`        what this host has seen of the others: the watch, and who is dead
 `membership`   this host's own delta lease: join, resume, renew, leave
 `ballot`       one ballot of disk paxos
-`lease`        one paxos lease: acquire, release, convert, requests
+`area`         the records of a lease on the disk
+`owner`        whether the owner of a lease is still there
+`attempt`      what an attempt to get a lease wishes and has seen
+`lease`        one paxos lease: acquire, release, convert, take up from a predecessor, tidy up
+`requests`     asking an owner to let go; who has a lease
 =============  =========================================================================================
 """

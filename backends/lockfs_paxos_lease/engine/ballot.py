@@ -5,13 +5,15 @@ that is its own (phase 1), reads everybody's, takes over the value of the block 
 and its own wish otherwise, writes that with ``bal = mbal`` (phase 2), and reads everybody's again.  If none of them
 shows a higher `mbal` or a later `lver`, the value is settled, whoever finds it.
 
-Three things are done that sanlock does not do.  Each only makes a ballot fail, or keeps what sanlock throws away, so
+Four things are done that sanlock does not do.  Each only makes a ballot fail, or keeps what sanlock throws away, so
 hosts of both kinds mix:
 
 * Phase 1 keeps what this host proposed for this version before (sanlock erases it).  An earlier proposal may have been
   adopted by somebody already, and the paper needs it to stay.
 * The own block must read back as it was written.  If it does not, somebody else uses our host id, or an old write of
   ours came late, or the disk lied; the ballot is void.
+* The leader record, which lies in what is read anyway, must still be the one that the ballot began with.  Where a host
+  has zeroed its block, as sanlocks do, nothing else may tell who was too slow that the version is settled long since.
 * A block with a bad checksum makes the ballot fail (sanlock skips it): it may be the one whose value counts.
 
 All blocks of host ids 1 to `num_hosts` are read, never fewer: whoever has such an id may have proposed without our
@@ -71,6 +73,8 @@ class Ballot:
     """
 
     geometry: Geometry
+    leader: bytes
+    """The leader record, as it was read before."""
     host_id: int
     num_hosts: int
     lver: int
@@ -112,6 +116,8 @@ class Ballot:
 
     def _blocks(self, area: bytes) -> Iterator[tuple[int, Dblock]]:
         """Yield all blocks for this version, checked; note shared holders.  Raises `Outrun`, `BadArea`."""
+        if area[: len(self.leader)] != self.leader:
+            raise Outrun(self.mbal)
         own = NEVER
         for host_id, block, mode in host_blocks(area, self.geometry, self.num_hosts):
             if host_id == self.host_id:

@@ -20,11 +20,12 @@ from __future__ import annotations
 
 import enum
 import errno
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from random import Random
 
 from lockfs_paxos_lease.engine.actions import Operation, Sleep
 from lockfs_paxos_lease.engine.area import LeaseArea
+from lockfs_paxos_lease.engine.attempt import Attempt, Seen
 from lockfs_paxos_lease.engine.ballot import Ballot, Outrun, Value, checked, host_blocks, next_mbal
 from lockfs_paxos_lease.engine.errors import AGAIN, ALREADY, EngineError, Held, Lost
 from lockfs_paxos_lease.engine.membership import Membership
@@ -32,6 +33,7 @@ from lockfs_paxos_lease.engine.owner import await_end
 from lockfs_paxos_lease.format.dblock import NEVER, NONE, RELEASED, SHARED, Dblock, ModeBlock
 from lockfs_paxos_lease.format.errors import Code
 from lockfs_paxos_lease.format.leader import SHORT_HOLD, Leader
+from lockfs_paxos_lease.format.leader import SIZE as LEADER_SIZE
 
 MAX_BALLOTS = 64
 """Ballots in one attempt.  Each was lost to another host, which then had a fair chance to finish its own."""
@@ -49,35 +51,6 @@ class Mode(enum.Enum):
 
     SHARED = "shared"
     EXCLUSIVE = "exclusive"
-
-
-@dataclass(slots=True)
-class _Attempt:
-    """One attempt to get the lease: what it wishes, and how."""
-
-    wish: Value
-    short: bool
-    wait: bool
-    version: int
-    num_hosts: int
-    shared: dict[int, int]
-    """Other hosts that were seen to hold it shared."""
-
-
-@dataclass(slots=True)
-class _Seen:
-    """What the blocks of all hosts say.
-
-    `version` is the one to run ballots for.  That is the one after the leader's, unless a block is for a later one: a
-    host begins a version only when it has seen the one before in the leader, and its owner gone.  If the leader does
-    not say so, it was set back by a write that came late, and what the block says still holds.
-    """
-
-    own: Dblock
-    mbal: int
-    version: int
-    fresh: bool = True
-    """The leader was read just now, and names no owner that had to be judged."""
 
 
 class Lease:
@@ -147,16 +120,16 @@ class Lease:
         self.mode, self.untidy = mode, False
         return self.version
 
-    def _begin(self, short: bool, wait: bool, version: int, num_hosts: int) -> Operation[_Attempt]:
+    def _begin(self, short: bool, wait: bool, version: int, num_hosts: int) -> Operation[Attempt]:
         membership = self.membership
         membership.check()
         if self.untidy:
             yield from self.tidy()
         yield from self.area.quiet()
         wish = Value(membership.host_id, membership.generation, 0)
-        return _Attempt(wish, short, wait, version, num_hosts, {})
+        return Attempt(wish, short, wait, version, num_hosts, {})
 
-    def _win(self, attempt: _Attempt) -> Operation[None]:
+    def _win(self, attempt: Attempt) -> Operation[None]:
         """Become the owner.  On return the leader and our own block say so."""
         shared_tries = 0
         for _ in range(MAX_ROUNDS + SHARED_TRIES):
@@ -191,10 +164,10 @@ class Lease:
         yield from self._withdraw(cur)
         raise Held(Code.ACQUIRE_OTHER, "other hosts were faster each time", cur.owner_id, cur.owner_generation)
 
-    def _survey(self, area: bytes, cur: Leader, attempt: _Attempt) -> _Seen:
+    def _survey(self, area: bytes, cur: Leader, attempt: Attempt) -> Seen:
         """Return what the blocks say; make our wish unlike any earlier one of ours."""
         membership = self.membership
-        seen = _Seen(NEVER, 0, cur.lver + 1)
+        seen = Seen(area[:LEADER_SIZE], NEVER, 0, cur.lver + 1)
         times = [self._last_time, membership.timing.stamp(membership.clock()) - 1]
         if cur.owner_id == membership.host_id:
             times.append(cur.timestamp)
@@ -226,7 +199,7 @@ class Lease:
         """
         return bool(cur.flags & SHORT_HOLD) or cur.write_id != cur.owner_id
 
-    def _contend(self, cur: Leader, seen: _Seen, attempt: _Attempt) -> Operation[bool]:
+    def _contend(self, cur: Leader, seen: Seen, attempt: Attempt) -> Operation[bool]:
         """Run ballots for the version after *cur* until one settles.  Return whether the lease is ours.
 
         False also where the leader has changed: the attempt begins anew.
@@ -245,7 +218,7 @@ class Lease:
                     return False
             seen.fresh = False
             ballot = Ballot(
-                membership.geometry, me, cur.num_hosts, seen.version, mbal, attempt.wish, self._mode_block,
+                membership.geometry, seen.leader, me, cur.num_hosts, seen.version, mbal, attempt.wish, self._mode_block,
                 shared=attempt.shared,
             )  # fmt: skip
             try:
@@ -273,7 +246,7 @@ class Lease:
         yield from self.area.write_host(ballot.host_id, sector)
         return ballot.settled((yield from self.area.read_ballot(ballot.num_hosts)))
 
-    def _commit(self, cur: Leader, version: int, value: Value, attempt: _Attempt) -> Operation[bool]:
+    def _commit(self, cur: Leader, version: int, value: Value, attempt: Attempt) -> Operation[bool]:
         """Write what was settled into the leader.  Return whether that is our wish."""
         membership, timing = self.membership, self.area.timing
         ours = value == attempt.wish

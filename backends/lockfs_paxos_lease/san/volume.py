@@ -56,9 +56,7 @@ class Joined(Protocol):
 class LeaseVolume:
     """See the module.  *joined* returns this host in the lockspace; it is called only after `open`."""
 
-    def __init__(
-        self, storage: Storage, clock: Clock, timing: Timing, path: str, joined: Callable[[], Joined]
-    ) -> None:
+    def __init__(self, storage: Storage, clock: Clock, timing: Timing, path: str, joined: Callable[[], Joined]) -> None:
         self.where = path
         self._storage = storage
         self._clock = clock

@@ -15,7 +15,7 @@ import trio
 from lockfs import text
 from lockfs.errors import LockUnavailable, MountError
 from lockfs_paxos_lease.check.lockspace import records
-from lockfs_paxos_lease.directory import LOCKSPACE, SUFFIX, LeaseDirectory
+from lockfs_paxos_lease.directory import LeaseDirectory
 from lockfs_paxos_lease.disk.lane import Lane, Overdue
 from lockfs_paxos_lease.engine.actions import DiskError
 from lockfs_paxos_lease.format.errors import Code
@@ -74,7 +74,7 @@ class InDirectory:
 
     async def lockspace(self) -> Disk:
         """Return the file of the lockspace."""
-        return await self._given(LOCKSPACE)
+        return await self._given(self._directory.lockspace_file)
 
     async def survey(self) -> Mapping[int, Leader]:
         """Return the records of all host ids."""
@@ -86,12 +86,12 @@ class InDirectory:
         if area is None:
             return None
         await area.close()
-        return await self._given(name + SUFFIX)
+        return await self._given(self._directory.lease_file(name))
 
     async def find_or_create(self, name: str) -> Disk:
         """Return the file of a lease, made if it was not there."""
         await (await self._directory.find_or_create(name)).close()
-        return await self._given(name + SUFFIX)
+        return await self._given(self._directory.lease_file(name))
 
     async def close(self) -> None:
         """Close the directory."""

@@ -62,8 +62,13 @@ class Seat:
     async def start(self) -> None:
         """Join.  Raises `MountError` if that cannot be; where it takes long, it goes on in the background."""
         trio.lowlevel.spawn_system_task(self._live, name="lockspace of sanlock")
-        with trio.move_on_after(START_PATIENCE):
-            await self._settled.wait()
+        try:
+            with trio.move_on_after(START_PATIENCE):
+                await self._settled.wait()
+        except BaseException:
+            # Whoever mounts has given up: nobody is left who would end it.
+            await self.stop()
+            raise
         if self._failed is not None:
             error = self._failed
             await self.stop()
@@ -178,7 +183,6 @@ class Seat:
         # Not one that another host has given back for now, as long as there are others.
         free.sort(key=lambda host_id: bool(records[host_id].owner_generation))
         return (own + free)[:ATTEMPTS]
-
 
 
 def _first(group: BaseExceptionGroup[LockUnavailable]) -> Exception:
