@@ -34,6 +34,7 @@ from lockfs.fs.work import Work
 from lockfs.kernel.backing import Backing
 from lockfs.linux import credentials, mount, mountinfo, tree
 from lockfs.protocol import messages
+from lockfs.steps import step
 
 log = logging.getLogger("lockfs.fs")
 
@@ -241,7 +242,9 @@ async def _announce(
         connection.widen(request.mountpoint)
     data: messages.DataPath = "gated" if operations.backing is None else "passthrough"
     resumable = operations.effects.journal.begun
+    step("mount.before-attachment")
     dev = await lifetime.attach(session, request.mountpoint, data, fd, resumable=resumable)
+    step("mount.after-attachment")
     operations.attached = resumable
     log.info(
         "mounted %s on %s, backend %s, data %s",

@@ -36,7 +36,8 @@ class FileHandle:
 
     `flags` are those with which the daemon opened `fd`, as user `uid` and group `gid`; `fd` is -1 if that was another
     daemon and the file cannot be opened again.  `serial` is a number that is never used again, `unique` that of the
-    request.  `inherited` says that `fd` is younger than the handle: it may miss errors of writing back.
+    request, and `answered` says that the kernel has taken the answer to it.  `inherited` says that `fd` is younger than
+    the handle: it may miss errors of writing back.
     """
 
     node: Node
@@ -52,13 +53,14 @@ class FileHandle:
     gid: int = 0
     unique: int = 0
     serial: int = 0
+    answered: bool = False
     inherited: bool = False
 
     def record(self, number: int) -> records.Opened:
         """Return what a successor has to know; *number* is 0 once it is closed."""
         return records.Opened(
             self.serial, number, self.node.id, self.flags, self.writable, self.uid, self.gid, self.unique,
-            self.counted, self.mappable, hold_record(self.hold), self.manager,
+            self.counted, self.mappable, hold_record(self.hold), self.manager, self.answered,
         )  # fmt: skip
 
 
@@ -91,6 +93,7 @@ class Handles:
         self._directories: dict[int, DirectoryHandle] = {}
         self._lingering: dict[int, FileHandle] = {}
         self._by_unique: dict[int, int] = {}
+        self._unanswered: dict[int, FileHandle] = {}
 
     def __len__(self) -> int:
         return len(self._files) + len(self._directories)
@@ -101,11 +104,27 @@ class Handles:
         self.last_serial += 1
         handle.serial = self.last_serial
         self._files[number] = handle
+        self._unanswered[handle.unique] = handle
         step("open.before-journal")
         self._journal.note(handle.record(number))
         self._journal.flush()
         step("open.after-journal")
         return number
+
+    def has(self, number: int, handle: FileHandle) -> bool:
+        """Say whether an open file is still open, by this number."""
+        return self._files.get(number) is handle
+
+    def answered(self, unique: int) -> None:
+        """Note that the kernel has taken the answer to a request that has opened a file."""
+        opened = self._unanswered.pop(unique, None)
+        if opened is not None:
+            opened.answered = True
+            self._journal.note(records.Answered(opened.serial))
+
+    def unanswered(self) -> dict[int, FileHandle]:
+        """Return the open files of which the kernel may not know, by their numbers."""
+        return {number: handle for number, handle in self._files.items() if not handle.answered}
 
     def opened_by(self, unique: int) -> tuple[int, FileHandle] | None:
         """Return the number and the open file that a request has led to, if it was carried out by another daemon."""
@@ -176,6 +195,7 @@ class Handles:
         """Remove an open file and return it.  Raises OSError(EBADF)."""
         handle = self._file(number)
         del self._files[number]
+        self._unanswered.pop(handle.unique, None)
         self._freed.append(number)
         return handle
 
@@ -230,6 +250,8 @@ class Handles:
             return
         self._files[number] = handle
         self._by_unique[handle.unique] = number
+        if not handle.answered:
+            self._unanswered[handle.unique] = handle
 
     def restore_directory(self, number: int, handle: DirectoryHandle) -> None:
         """Take over an open directory."""

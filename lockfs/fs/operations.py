@@ -8,6 +8,7 @@ from lockfs.fs.attributes import AttributeOperations
 from lockfs.fs.base import Parts
 from lockfs.fs.directories import DirectoryOperations
 from lockfs.fs.files import FileOperations
+from lockfs.fs.journal.effects import RESENT
 from lockfs.fs.names import NameOperations
 from lockfs.fs.opening import OpenOperations
 from lockfs.fs.space import SpaceOperations
@@ -34,6 +35,10 @@ class Operations(
     def init(self) -> None:
         """Note that the kernel has introduced itself."""
         self.started.set()
+
+    def answered(self, unique: int) -> None:
+        """Note that the kernel has taken an answer: what that has opened will be released."""
+        self.handles.answered(unique & ~RESENT)
 
     async def close(self) -> None:
         """Close every handle, and give back every image: the connection has ended.

@@ -157,6 +157,11 @@ class LockdSession:
         self._attachment = _Attachment(answer.dev, answer.data, root_fd, self._fuse_fd, resumable=True)
         return answer.fenced
 
+    async def known(self, nodes: list[int]) -> set[int]:
+        """Return those nodes that the kernel knows.  Raises `LockUnavailable`."""
+        answer, _ = await self._client.call(messages.Known(self._mount_id, nodes), messages.KnownNodes)
+        return set(answer.nodes)
+
     async def reclaim(self, image: messages.Image) -> tuple[int | None, list[int]]:
         """Return the token of the lock of an image, and the descriptors to keep with it.  Raises `LockfsError`."""
         call = messages.Reclaim(self._mount_id, image.dev, image.ino)

@@ -18,7 +18,7 @@ import trio
 from lockfs import options, text
 from lockfs.backend import Mode
 from lockfs.errors import LockfsError
-from lockfs.fs import connection, daemon, lifetime, survival
+from lockfs.fs import connection, daemon, doubt, lifetime, survival
 from lockfs.fs.daemon import MAX_TASKS, Request
 from lockfs.fs.handles import DirectoryHandle, FileHandle
 from lockfs.fs.journal import records
@@ -118,6 +118,7 @@ async def _resume(
     step("resume.after-resend")
     log.info("took over %s, with %d open files", shown, len(operations.handles))
     nursery.start_soon(_reclaim, operations, session)
+    nursery.start_soon(survival.vital, operations, doubt.resolve, operations, session, heir.fuse_fd)
     nursery.start_soon(daemon.unmount_on_signal, request.mountpoint)
     nursery.start_soon(
         survival.vital, operations, lifetime.detach_when_unmounted, session, request.mountpoint, state.begin.dev
@@ -192,7 +193,7 @@ def _handle(operations: Operations, node: Node, opened: records.Opened) -> FileH
         node, -1, opened.writable,
         None if hold is None else operations.guard.restore(node, Mode(hold.mode), hold.owner),
         opened.manager, None, opened.counted, opened.mappable, opened.flags, opened.uid, opened.gid, opened.unique,
-        opened.serial, inherited=True,
+        opened.serial, opened.answered, inherited=True,
     )  # fmt: skip
 
 

@@ -130,6 +130,9 @@ class Service:
                 mounted = self._shares.get(request.mount_id, client.pid)
                 token, keep = self._table.kept(mounted, request.dev, request.ino)
                 return Answer(messages.Reclaimed(token), keep)
+            case messages.Known():
+                mounted = self._shares.get(request.mount_id, client.pid)
+                return Answer(messages.KnownNodes(await self._shares.known(mounted, request.nodes)))
             case messages.TakeOver():
                 mounted = self._shares.get(request.mount_id, client.pid)
                 return await self._take_over(mounted)

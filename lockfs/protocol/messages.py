@@ -336,6 +336,19 @@ class Reclaimed(msgspec.Struct, frozen=True, omit_defaults=True):
     token: int | None = None
 
 
+class Known(msgspec.Struct, frozen=True):
+    """Ask which nodes of a mount the kernel knows, which its daemon itself cannot find out."""
+
+    mount_id: str
+    nodes: list[int]
+
+
+class KnownNodes(msgspec.Struct, frozen=True):
+    """Those of which it is not certain that the kernel does not know them."""
+
+    nodes: list[int]
+
+
 class TakeOver(msgspec.Struct, frozen=True):
     """The successor, which has called `Orders`, answers the kernel from now on; nobody else does."""
 
@@ -562,6 +575,7 @@ METHODS: dict[str, tuple[type[msgspec.Struct], type[msgspec.Struct]]] = {
     "Resume": (Resume, Resumed),
     "Claim": (Claim, Claims),
     "Reclaim": (Reclaim, Reclaimed),
+    "Known": (Known, KnownNodes),
     "TakeOver": (TakeOver, TakenOver),
     "Orders": (Orders, Order),
     "Obeyed": (Obeyed, Noted),

@@ -8,13 +8,13 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from harness import logs
-from harness.host import Host, Mount
+from harness import logs, mounts
+from harness.host import Host, Mount, MountFailed
 from harness.waiting import wait_until
 from t2_linux.puppet import Puppet
 from t6_survival.successors import PATIENCE, kill, restarts, wait_for_restart
@@ -29,6 +29,7 @@ LATER = 0.5
 MOST = 12
 """Records that one operation may write."""
 AROUND_RECORDS = ("journal.before-write", "journal.after-write")
+IN_MOUNT = ("mount.before-attachment", "mount.after-attachment")
 IN_EFFECTS = ("effect.before", "effect.after")
 IN_OPEN = ("open.before-journal", "open.after-journal")
 IN_CLOSE = ("close.before-journal", "close.after-journal")
@@ -174,8 +175,24 @@ def test_a_successor_dies(scene: Scene, step: str) -> None:
     assert scene.puppet.tell("os.close(fd), open(p).read()")[1] == "newtent"
 
 
+@pytest.mark.parametrize("step", IN_MOUNT)
+def test_it_dies_while_it_mounts(make_host: Callable[..., Host], storage: Path, tmp_path: Path, step: str) -> None:
+    (tmp_path / "steps").mkdir()
+    host = make_host("host-a", LOCKFS_STEPS=str(tmp_path / "steps"))
+    (tmp_path / "steps" / step).touch()
+    if step == "mount.before-attachment":
+        with pytest.raises(MountFailed, match="died while it started"):
+            host.mount(storage, tmp_path / "mnt")
+        assert not mounts.is_mounted(tmp_path / "mnt")
+        wait_until(lambda: not (host.run_dir / "mounts").exists() or not list((host.run_dir / "mounts").iterdir()), PATIENCE, "the journal to go")
+    mount = host.mount(storage, tmp_path / "mnt")
+    assert list((tmp_path / "steps").iterdir()) == []
+    (mount / "file").write_text("content")
+    assert (storage / "file").read_text() == "content"
+
+
 def test_each_step_has_a_test_and_is_there() -> None:
-    tested = {*AROUND_RECORDS, *IN_RESUME, *(step for operation in OPERATIONS for step in operation.steps)}
+    tested = {*IN_MOUNT, *AROUND_RECORDS, *IN_RESUME, *(step for operation in OPERATIONS for step in operation.steps)}
     assert tested == set(steps.MOUNT_DAEMON)
     source = Path(lockfs.__file__).parent
     found = subprocess.run(["grep", "-rhoE", r"\bstep\(\"[^\"]+\"\)", source, "--include=*.py"], capture_output=True, text=True, check=True)

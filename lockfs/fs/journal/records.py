@@ -116,6 +116,13 @@ class Opened(Record, frozen=True, tag=8):
     mappable: bool
     hold: Hold | None
     manager: Owner | None
+    answered: bool = False
+
+
+class Answered(Record, frozen=True, tag=20):
+    """The kernel has taken the answer that a file is open."""
+
+    serial: int
 
 
 class Took(Record, frozen=True, tag=9):
@@ -197,7 +204,7 @@ class Undone(Record, frozen=True, tag=19):
 
 Any = (
     Begin | Found | Looked | Moved | Pinned | Fenced | Forgotten | Opened | Took | Closed | Freed | Backed | Unbacked
-    | OpenedDirectory | Listed | ClosedDirectory | Intended | Done | Undone
+    | Answered | OpenedDirectory | Listed | ClosedDirectory | Intended | Done | Undone
 )  # fmt: skip
 
 _encoder = msgspec.msgpack.Encoder()
