@@ -35,7 +35,7 @@ PATIENCE = 20.0
 """Seconds that a call waits for a lockd that is gone; one is started anew in well under one, on a host in trouble in
 some.
 """
-FIRST_PAUSE, LAST_PAUSE = 0.05, 5.0
+FIRST_PAUSE, LAST_PAUSE = 0.05, 2.0
 """Seconds before the next try to start one."""
 CLAIMS = 1000
 """Holds that are claimed in one message."""

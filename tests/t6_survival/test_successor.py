@@ -27,7 +27,9 @@ from lockfs.fs.journal import records
 from lockfs.fs.journal.records import decode
 from lockfs.fs.journal.state import replay
 
-DATA = ("gated", "passthrough")
+DATA = ("gated", "passthrough") if "LOCKFS_ROUNDS" in os.environ else ("passthrough",)
+both = pytest.mark.parametrize("mounted", ["gated", "passthrough"], indirect=True)
+"""For what may differ most: it is tried with both in any case."""
 
 
 @pytest.fixture
@@ -73,6 +75,7 @@ def held_back(mount: Mount) -> int:
 # What it takes over --------------------------------------------------------------------------------
 
 
+@both
 def test_open_files_of_every_kind(mounted: Mount, program: Puppet, other: Mount) -> None:
     program.tell("rw = os.open(path, os.O_RDWR)")
     program.tell("ro = os.open(path, os.O_RDONLY)")
@@ -193,6 +196,7 @@ def test_one_that_is_stopped_is_replaced(mounted: Mount, program: Puppet, expect
 # Its end -------------------------------------------------------------------------------------------
 
 
+@both
 def test_nothing_is_left(mounted: Mount, program: Puppet, host: Host) -> None:
     def round_() -> None:
         program.tell("fds = [os.open(f'{path}{n}', os.O_RDWR | os.O_CREAT) for n in range(20)]")
@@ -237,6 +241,7 @@ def test_what_was_unmounted_meanwhile_ends(mounted: Mount, host: Host) -> None:
 # Before it serves ----------------------------------------------------------------------------------
 
 
+@both
 def test_an_image_can_be_fenced(mounted: Mount, program: Puppet, host: Host, other: Mount, expect_log: Expected) -> None:
     expect_log("lost the lock o[nf]|fenced .*: its handles fail")
     program.tell("fd = os.open(path, os.O_RDWR); mine = os.open(path + '2', os.O_RDWR | os.O_CREAT)")
