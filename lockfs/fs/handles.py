@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import os
 from collections import deque
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import trio
@@ -186,10 +186,6 @@ class Handles:
             return self._directories[number]
         except KeyError:
             raise OSError(errno.EBADF, os.strerror(errno.EBADF)) from None
-
-    def numbers(self, nodes: Collection[int]) -> list[int]:
-        """Return the numbers of the open files of these nodes."""
-        return [number for number, handle in self._files.items() if handle.node.id in nodes]
 
     def files(self) -> list[FileHandle]:
         """Return all open files."""

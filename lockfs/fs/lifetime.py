@@ -85,8 +85,5 @@ async def detach_when_unmounted(session: LockdSession, mountpoint: bytes, dev: i
 
 def obey(order: Order, operations: Operations) -> None:
     """Carry out an order of lockd; asks no storage, and waits for nothing.  A ``ping`` is just answered."""
-    operations.shut_gates({number for image in order.images for number in image.nodes})
-    for image in order.images:
-        for number in image.nodes:
-            operations.nodes.fence(number)
-        operations.guard.lose((image.dev, image.ino), order.reason)
+    operations.fence({number for image in order.images for number in image.nodes})
+    operations.lose({(image.dev, image.ino) for image in order.images}, order.reason)

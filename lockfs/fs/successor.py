@@ -105,18 +105,15 @@ async def _resume(
     if operations.backing is not None:
         ahead = range(state.last_backing_id + 1, state.last_backing_id + 1 + MAX_TASKS)
         operations.backing.close_unused((*state.abandoned, *ahead))
-    for unsafe in await session.claim(_claims(operations)):
-        operations.guard.lose((unsafe.dev, unsafe.ino), "it was lost while the mount had no daemon")
+    unsafe = {(each.dev, each.ino) for each in await session.claim(_claims(operations))}
+    operations.lose(unsafe, "it was lost while the mount had no daemon")
     obey = daemon.obedience(operations)
     operations.attached = True
     await nursery.start(partial(_follow, operations, session, shown, obey))
     # Before it is known that we serve: a signal that comes then is for the mount.
     await nursery.start(daemon.unmount_on_signal, request.mountpoint)
     step("resume.before-take-over")
-    fenced = set(await session.take_over())
-    operations.shut_gates(fenced)
-    for number in fenced:
-        operations.nodes.fence(number)
+    operations.fence(set(await session.take_over()))
     operations.effects.journal.flush()
     step("resume.after-take-over")
     device.notify_resend(heir.fuse_fd)

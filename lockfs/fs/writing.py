@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
 
 import trio
@@ -90,11 +90,24 @@ class WriteRights(Base):
         trust = HELD_SECONDS if hold is not None and hold.mode is Mode.EXCLUSIVE else 0
         self.gates.add(handle.number, handle.fd, handle.direct, guarded=hold is not None, trust=trust)
 
-    def shut_gates(self, nodes: Collection[int]) -> None:
-        """Have handlers refuse what comes for open files of fenced nodes."""
-        if self.gates is not None:
-            for number in self.handles.numbers(nodes):
-                self.gates.shut(number)
+    def fence(self, nodes: Collection[int]) -> None:
+        """Serve nothing more of nodes whose inodes the kernel is to declare bad."""
+        self._shut_gates(lambda node: node.id in nodes)
+        for number in nodes:
+            self.nodes.fence(number)
+
+    def lose(self, images: Collection[tuple[int, int]], why: str) -> None:
+        """Let nobody write any more to images, known by device and inode number, whose locks are lost."""
+        self._shut_gates(lambda node: node.identity in images)
+        for image in images:
+            self.guard.lose(image, why)
+
+    def _shut_gates(self, concerned: Callable[[Node], bool]) -> None:
+        if self.gates is None:
+            return
+        for handle in self.handles.files():
+            if concerned(handle.node):
+                self.gates.shut(handle.number)
 
     @asynccontextmanager
     async def held_to_write(self, node: Node, caller: Caller) -> AsyncIterator[None]:
