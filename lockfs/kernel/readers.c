@@ -20,7 +20,7 @@
 #include <unistd.h>
 
 #define MOST_THREADS 32
-#define ENOUGH_WAITING 2 /* threads, when there is little to do */
+#define ENOUGH_WAITING 4 /* threads; with fewer, one would go to rest while the next request is on its way */
 #define PAGE 4096
 #define WAKE_UP (SIGRTMIN + 5)
 
