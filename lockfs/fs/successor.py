@@ -105,8 +105,7 @@ async def _resume(
     if operations.backing is not None:
         ahead = range(state.last_backing_id + 1, state.last_backing_id + 1 + MAX_TASKS)
         operations.backing.close_unused((*state.abandoned, *ahead))
-    for unsafe in await session.claim(_claims(operations)):
-        operations.guard.lose((unsafe.dev, unsafe.ino), "it was lost while the mount had no daemon")
+    _lose(operations, {(unsafe.dev, unsafe.ino) for unsafe in await session.claim(_claims(operations))})
     obey = daemon.obedience(operations)
     operations.attached = True
     await nursery.start(partial(_follow, operations, session, shown, obey))
@@ -159,6 +158,13 @@ def _claims(operations: Operations) -> list[Claimed]:
         for handle in handles
         if handle.hold is not None
     })  # fmt: skip
+
+
+def _lose(operations: Operations, unsafe: set[tuple[int, int]]) -> None:
+    """Have writers of these images get EIO: their gates, too, which do not know of locks, are shut before we serve."""
+    operations.shut_gates({handle.node.id for handle in operations.handles.files() if handle.node.identity in unsafe})
+    for identity in unsafe:
+        operations.guard.lose(identity, "it was lost while the mount had no daemon")
 
 
 async def _restore(operations: Operations, state: State) -> None:
