@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import trio
@@ -56,6 +57,14 @@ class Places(Protocol):
         """Forget a dead mount."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Begun:
+    """A dead mount that is being looked after; `done` is set when nothing of it is left, or it has come back."""
+
+    claim: Claim
+    done: trio.Event = field(default_factory=trio.Event)
+
+
 class Orphans:
     """Finds out what has become of mounts that do not come back.  Its tasks live in *nursery*."""
 
@@ -74,7 +83,7 @@ class Orphans:
         self._adoption = adoption
         self._recorder = recorder
         self._places = places
-        self._seen_off: dict[str, Claim] = {}
+        self._seen_off: dict[str, _Begun] = {}
 
     def begin(self) -> None:
         """Look after all mounts of the last lockd."""
@@ -88,10 +97,21 @@ class Orphans:
             await self.see_off(claim)
 
     async def see_off(self, claim: Claim) -> None:
-        """Free the images of a dead mount as soon as nobody can write to them by it; return when that is done."""
+        """Free the images of a dead mount as soon as nobody can write to them by it; return when that is done.
+
+        The end of its daemon and that of its connection both lead here, in any order: it is done once.
+        """
+        if (begun := self._seen_off.get(claim.mount_id)) is not None:
+            await begun.done.wait()
+            return
+        self._seen_off[claim.mount_id] = begun = _Begun(claim)
+        await self._see_off(claim)
+        del self._seen_off[claim.mount_id]
+        begun.done.set()
+
+    async def _see_off(self, claim: Claim) -> None:
         mount = claim.mount.mount.mount
         self._claims.orphan(claim)
-        self._seen_off[claim.mount_id] = claim
         log.info("the daemon of %s died while no lockd ran", mount.mountpoint)
         images, told = dict(claim.images), set[Identity]()
         pause = FIRST_PAUSE
@@ -112,7 +132,6 @@ class Orphans:
                 await self._lock(ghost, claim, used)
             await trio.sleep(pause)
             pause = min(2 * pause, LAST_PAUSE)
-        del self._seen_off[claim.mount_id]
         if self._places.is_back(claim.mount_id):
             return  # a successor of its daemon was being started, and goes on
         self._claims.settle(claim)
@@ -143,7 +162,7 @@ class Orphans:
 
     async def kill(self) -> None:
         """End all who can still write to images that only this lockd keeps locked."""
-        for claim in list(self._seen_off.values()):
+        for claim in [each.claim for each in self._seen_off.values()]:
             locked = {lock.key[1:] for lock in self._table.locks.values() if _is_held_by(lock, claim)}
             images = {each: claim.before[each] for each in locked if each in claim.before}
             for uses in (await self._used(claim, images)).values():

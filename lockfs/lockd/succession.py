@@ -53,10 +53,11 @@ class Succession:
     async def died(self, mounted: Mounted) -> None:
         """The daemon of a mount has died: if it had come back, and had not said all that it holds, look after the rest.
 
-        What lived in its descriptors is gone; so what can still be written to is fenced.
+        What lived in its descriptors is gone; so what can still be written to, past the daemon or by way of a
+        successor, is fenced.
         """
-        claim = self.claims.get(mounted.mount_id)
-        if claim is not None and mounted.attachment is not None and mounted.attachment.data == "passthrough":
+        claim, attachment = self.claims.get(mounted.mount_id), mounted.attachment
+        if claim is not None and attachment is not None and (attachment.data == "passthrough" or attachment.resumable):
             rest = [
                 HeldImage(image.image, list(image.holds.values()), lost=image.lost)
                 for identity, image in claim.images.items()

@@ -6,7 +6,7 @@ import os
 import signal
 from typing import Any
 
-from harness import lockd
+from harness import lockd, processes
 from harness.host import Mount
 from harness.waiting import wait_until
 
@@ -47,3 +47,14 @@ def kill(mount: Mount, how: signal.Signals = signal.SIGKILL) -> None:
 def wait_for_restart(mount: Mount, before: int) -> None:
     """Return when more than *before* daemons have taken over."""
     wait_until(lambda: restarts(mount) > before, PATIENCE, "a successor")
+
+
+def kill_lockd(mount: Mount) -> None:
+    """Kill lockd; return when the next one has taken up all that the mounts of its host hold."""
+    host = mount.host
+    back = len(lockd.status(host.run_dir)["mounts"])
+    before = host.log().count("has come back")
+    gone = host.lockd()
+    os.kill(gone, signal.SIGKILL)
+    processes.wait_until_gone([gone], PATIENCE)
+    wait_until(lambda: host.log().count("has come back") >= before + back, PATIENCE, "the mounts to come back")

@@ -17,7 +17,9 @@ from harness import logs, mounts
 from harness.host import Host, Mount, MountFailed
 from harness.waiting import wait_until
 from t2_linux.puppet import Puppet
+from t6_guard import test_lockd_steps
 from t6_survival.successors import PATIENCE, kill, restarts, wait_for_restart
+from t6_survival.test_handover_steps import AFTER_HOLDS, BEFORE_CONNECTION, BEFORE_HOLDS
 
 import lockfs
 from lockfs import steps
@@ -195,6 +197,8 @@ def test_it_dies_while_it_mounts(make_host: Callable[..., Host], storage: Path, 
 def test_each_step_has_a_test_and_is_there() -> None:
     tested = {*IN_MOUNT, *AROUND_RECORDS, *IN_RESUME, *(step for operation in OPERATIONS for step in operation.steps)}
     assert tested == set(steps.MOUNT_DAEMON)
+    tested |= {*test_lockd_steps.ACTS, *BEFORE_CONNECTION, *BEFORE_HOLDS, *AFTER_HOLDS}
+    assert tested == set(steps.STEPS)
     source = Path(lockfs.__file__).parent
     found = subprocess.run(["grep", "-rhoE", r"\bstep\(\"[^\"]+\"\)", source, "--include=*.py"], capture_output=True, text=True, check=True)
     assert set(re.findall(r'"([^"]+)"', found.stdout)) == set(steps.STEPS)

@@ -1,8 +1,9 @@
-"""A virtual machine that writes to its disk and reads it back, while the mount daemon is killed again and again."""
+"""A virtual machine that writes to its disk and reads it back, while mount daemon and lockd are killed, in turn."""
 
 from __future__ import annotations
 
 import os
+import statistics
 import struct
 import subprocess
 import time
@@ -14,12 +15,13 @@ from harness import processes
 from harness.actor import Actor
 from harness.host import Host
 from harness.waiting import wait_until
-from t6_survival.successors import PATIENCE, kill
+from t6_survival.successors import PATIENCE, kill, kill_lockd
 
 SOURCE = Path(__file__).parent / "guest.s"
 SIZE = 4 << 20
 FIRST, SECTORS, SECTOR = 64, 1024, 512
-ROUNDS = int(os.environ.get("LOCKFS_ROUNDS", "3"))
+ROUNDS = int(os.environ.get("LOCKFS_ROUNDS", "4"))
+"""Kills, every second one of lockd."""
 
 
 @pytest.fixture
@@ -74,11 +76,14 @@ def test_a_guest_notices_nothing(
     image.write_bytes(boot_sector + bytes(SIZE - len(boot_sector)))
     mount, other = patient.mount(storage, tmp_path / "mnt", f"data={data}"), host_b.mount(storage, tmp_path / "other", "wait=0")
     guest = Guest(mount / "vm.img", cache, tmp_path / "said")
+    taken: tuple[list[float], list[float]] = ([], [])
     try:
         wait_until(lambda: guest.progress() > 0, PATIENCE, "the guest to begin")
         with Actor() as asker:
-            for _ in range(ROUNDS):
-                kill(mount)
+            for number in range(ROUNDS):
+                begin = time.monotonic()
+                (kill_lockd if number % 2 else kill)(mount)
+                taken[number % 2].append(time.monotonic() - begin)
                 assert asker.result("open", other / "vm.img", os.O_RDWR) == "EBUSY"
                 guest.goes_on()
                 time.sleep(0.1)
@@ -91,5 +96,8 @@ def test_a_guest_notices_nothing(
         sector = content[(FIRST + number) * SECTOR :][:SECTOR]
         (word,) = set(struct.unpack("<256H", sector)) or {0}
         assert word % SECTORS == number if word else number == 0
-    print(f"{data}, cache={cache}: {written} sectors written and compared, {ROUNDS} mount daemons killed")
+    print(f"{data}, cache={cache}: {written} sectors written and compared")
+    for name, each in zip(("mount daemons", "lockds"), taken, strict=True):
+        if each:
+            print(f"{len(each)} {name} killed; the next one served after {statistics.median(each):.2f} s, at most {max(each):.2f} s")
     assert not processes.running(guest.process.pid)
