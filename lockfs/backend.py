@@ -21,6 +21,7 @@ from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Protocol, cast
 
 from lockfs.errors import Denied, LockfsError, LockUnavailable, UsageError
+from lockfs.linux.deadline import Deadline
 from lockfs.text import from_bytes
 
 if TYPE_CHECKING:
@@ -155,6 +156,14 @@ class Backend(Protocol):
 
     excludes: bool
     """False for a backend that grants everything; then lockd refuses nobody on this host either."""
+
+    @property
+    def deadline(self) -> Deadline | None:
+        """Until when all grants are safe, for locks that expire unless they are renewed; None for others.
+
+        There when `start` returns, and moved whenever the locks were renewed.  Where data goes through the mount
+        daemon, no write begins while it is late; when it is lost they fail.
+        """
 
     async def start(self) -> None:
         """Check that the share can keep the promise, and begin.  Raises `LockfsError` if it cannot."""

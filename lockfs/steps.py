@@ -14,6 +14,8 @@ import signal
 ENVIRONMENT = "LOCKFS_STEPS"
 
 MOUNT_DAEMON = (
+    "mount.before-attachment",
+    "mount.after-attachment",
     "journal.before-write",
     "journal.after-write",
     "journal.before-replacement",

@@ -36,6 +36,7 @@ class FcntlBackend:
     """See the module; what each method is for stands in `lockfs.backend.Backend`."""
 
     excludes = True
+    deadline = None
 
     def __init__(self, context: Context) -> None:
         self._context = context

@@ -13,6 +13,7 @@ class NopBackend:
     """See the module; what each method is for stands in `lockfs.backend.Backend`."""
 
     excludes = False
+    deadline = None
 
     def __init__(self, context: Context) -> None:
         self._stopped = trio.Event()

@@ -22,6 +22,7 @@ from lockfs import text
 from lockfs.backend import UNKNOWN_HOST, Busy, Context, Denied, Grant, GrantLost, Holder, Host, Image, Mode
 from lockfs.cards import Cards, with_holds
 from lockfs.errors import LockfsError, LockUnavailable, MountError
+from lockfs.linux.deadline import Deadline
 from lockfs_paxos_lease import driver, identity, registry, viewing
 from lockfs_paxos_lease.directory import LeaseDirectory
 from lockfs_paxos_lease.disk.area import AreaIO
@@ -90,6 +91,11 @@ class PaxosBackend:
         return LeaseDirectory(
             storage, driver.boottime, self._timing, self._context.source_fd, self._source, leases, libvirt=libvirt
         )
+
+    @property
+    def deadline(self) -> Deadline | None:
+        """Until when this host's lease is safe, and with it all that was granted."""
+        return None if self._lockspace is None else self._lockspace.deadline
 
     # Its life --------------------------------------------------------------------------------
 

@@ -75,6 +75,7 @@ class SanlockBackend:
     """See the module; what each method is for stands in `lockfs.backend.Backend`."""
 
     excludes = True
+    deadline = None  # the daemon does not say until when its leases are safe
 
     def __init__(self, context: Context) -> None:
         options = context.options

@@ -3,6 +3,8 @@
 Invariants:
 * Grants are told lost `Timing.fence` seconds after the last good renewal began, less the time that a fence takes,
   whatever hangs: the watch over the time does no I/O.
+* No write begins, where data goes through the mount daemon, from that time before the fence on: it waits, as long as
+  the lease may still be renewed.
 * A new incarnation begins as if somebody still went by the old one (others' delay is kept) unless all that was granted
   under the old one has been given back, which lockd does only when nobody can write any more.
 * One process on a host has the host id: `state.StateFile.lock`.
@@ -19,6 +21,7 @@ from typing import Protocol, TypeVar
 import trio
 
 from lockfs.errors import LockUnavailable, MountError
+from lockfs.linux.deadline import Deadline
 from lockfs_paxos_lease import driver, identity, watchdog
 from lockfs_paxos_lease.claim import Claim
 from lockfs_paxos_lease.disk.area import AreaIO
@@ -71,6 +74,7 @@ class Lockspace:
         self.members: list[Member] = []
         self.area: AreaIO | None = None
         self.renewal = Renewal(called=False)
+        self.deadline = Deadline.create()
         self._place = place
         self._clock = clock
         self._digits = identity.machine_digits(run_dir, host)
@@ -103,6 +107,7 @@ class Lockspace:
             self.area = await self._place.lockspace()
         except BaseException:
             self._state.unlock()
+            self.deadline.close()
             raise
         # Nobody gives a backend a nursery, and this must go on between its calls.
         trio.lowlevel.spawn_system_task(self._live, name=f"lockspace {self._place.where}")
@@ -146,6 +151,7 @@ class Lockspace:
             if self.area is not None:
                 await self.area.close()
             self._state.unlock()
+            self.deadline.close()
 
     async def _leave(self, membership: Membership) -> None:
         try:
@@ -190,6 +196,7 @@ class Lockspace:
             await trio.sleep(self.timing.retry if isinstance(error, StorageTrouble) else self.timing.renewal)
             return
         self._membership, self._failed = membership, None
+        self._move_deadline(membership)
         self._joined.set()
         log.info(
             "%s: joined as host id %d, generation %d", self._place.where, membership.host_id, membership.generation
@@ -258,6 +265,7 @@ class Lockspace:
                 self._warn(membership, error.message)
                 failing = True
                 continue
+            self._move_deadline(membership)
             if self._watchdog is not None:
                 self._on_watchdog(partial(self._watchdog.renewed, self._clock() - membership.last_success))
             if self.in_use or self.left:
@@ -320,7 +328,12 @@ class Lockspace:
     def _lead(self) -> float:
         return min(FENCE_LEAD, self.timing.fence / FENCE_LEAD_SHARE)
 
+    def _move_deadline(self, membership: Membership) -> None:
+        lost = membership.valid_until - self._lead
+        self.deadline.set(lost - self._lead, lost)
+
     def _lose_all(self, reason: str) -> None:
+        self.deadline.set(0, 0)
         if self.in_use:
             log.error("%s: what this host holds is to be fenced: %s", self._place.where, reason)
         for member in self.members:

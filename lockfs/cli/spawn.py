@@ -121,6 +121,9 @@ def _wait_ready(ready: int, process: subprocess.Popen[bytes], request: Request, 
     except ValueError:
         said = None
     if not isinstance(said, dict):
+        if _is_mounted(request.mountpoint) and _ask(request.mountpoint) == 0:
+            say("the mount daemon died, and lockd has started another one")
+            return
         status = _status(process.wait(END_TIMEOUT))
         raise MountError(f"the mount daemon died while it started ({status})", hint=request.log_hint)
     if said.get("ready") is not True:

@@ -30,7 +30,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 S = TypeVar("S", bound="Base")
 
-HELD_TIMEOUT = 1.0
+HELD_SECONDS = 1
 """Seconds for which the kernel may trust attributes of an image that this mount holds exclusively.
 
 Otherwise it is 0: another mount may change a file at any time, and ``lseek(SEEK_END)`` must tell the truth.
@@ -107,7 +107,7 @@ class Base(pyfuse3.Operations):
         entry.st_mtime_ns = stat.st_mtime_ns
         entry.st_ctime_ns = stat.st_ctime_ns
         entry.entry_timeout = 0
-        entry.attr_timeout = HELD_TIMEOUT if self.guard.exclusive(node) else 0
+        entry.attr_timeout = HELD_SECONDS if self.guard.exclusive(node) else 0
         return entry
 
     def changed_type(self, inode: int) -> pyfuse3.EntryAttributes:

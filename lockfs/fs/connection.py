@@ -14,7 +14,9 @@ import trio
 from lockfs import kernel, text
 from lockfs.errors import MountError, SystemError_
 from lockfs.fs.operations import Operations
+from lockfs.fs.session import LockdSession
 from lockfs.kernel import extra, session, wire
+from lockfs.kernel.gates import Gates
 from lockfs.linux import mount, mountinfo, tree
 
 log = logging.getLogger("lockfs.fs")
@@ -68,6 +70,7 @@ def begin(operations: Operations, fd: int, nursery: trio.Nursery) -> None:
     """
     if (missing := kernel.why_not()) is None:
         operations.negotiated = session.begin(operations, fd, extra.Requests(operations, nursery), SETTINGS)
+        operations.gates = Gates()
         return
     log.info("no sparse files, allocation or copies inside the storage on this mount: %s", missing)
     interrupt_reads()
@@ -80,6 +83,13 @@ def resume(operations: Operations, fd: int, nursery: trio.Nursery, init: bytes) 
     Raises `LockfsError`.
     """
     operations.negotiated = session.begin(operations, fd, extra.Requests(operations, nursery), SETTINGS, init)
+    operations.gates = Gates()
+
+
+def heed(operations: Operations, lockd: LockdSession) -> None:
+    """Have the kernel module heed the deadline of locks that expire."""
+    if operations.gates is not None:
+        lockd.heed(operations.gates.heed)
 
 
 def interrupt_reads() -> None:

@@ -34,6 +34,7 @@ from lockfs.fs.work import Work
 from lockfs.kernel.backing import Backing
 from lockfs.linux import credentials, mount, mountinfo, tree
 from lockfs.protocol import messages
+from lockfs.steps import step
 
 log = logging.getLogger("lockfs.fs")
 
@@ -152,6 +153,7 @@ async def _serve(
             bypass(operations, fd, found.dev, nursery)
         if operations.negotiated is not None:
             survival.begin_journal(request, operations, session.mount_id, found.dev)
+        connection.heed(operations, session)
         follow = partial(session.follow, mountpoint, obedience(operations), operations.guard.held)
         nursery.start_soon(survival.vital, operations, follow)
         nursery.start_soon(unmount_on_signal, request.mountpoint)
@@ -169,7 +171,7 @@ def obedience(operations: Operations) -> Callable[[messages.Order], None]:
     """Return what carries out lockd's orders."""
 
     def obey(order: messages.Order) -> None:
-        lifetime.obey(order, operations.nodes, operations.guard)
+        lifetime.obey(order, operations)
         operations.effects.journal.flush()
 
     return obey
@@ -241,7 +243,9 @@ async def _announce(
         connection.widen(request.mountpoint)
     data: messages.DataPath = "gated" if operations.backing is None else "passthrough"
     resumable = operations.effects.journal.begun
+    step("mount.before-attachment")
     dev = await lifetime.attach(session, request.mountpoint, data, fd, resumable=resumable)
+    step("mount.after-attachment")
     operations.attached = resumable
     log.info(
         "mounted %s on %s, backend %s, data %s",
@@ -251,9 +255,10 @@ async def _announce(
     await survival.vital(operations, lifetime.detach_when_unmounted, session, request.mountpoint, dev)
 
 
-async def unmount_on_signal(mountpoint: bytes) -> None:
+async def unmount_on_signal(mountpoint: bytes, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
     """On SIGTERM, unmount; a mount that is in use stays, since to end would fail every write on it."""
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        task_status.started()
         async for number in signals:
             name = signal.Signals(number).name
             try:

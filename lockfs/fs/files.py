@@ -1,4 +1,7 @@
-"""Operations on open files: read, write, flush, fsync, release."""
+"""Operations on open files: read, write, flush, fsync, release.
+
+Reads, writes and syncs come here only where the kernel module is missing, or leaves them to us (`lockfs.kernel.gates`).
+"""
 
 from __future__ import annotations
 
@@ -40,9 +43,9 @@ class FileOperations(WriteRights):
             await self.work.long(DAEMON, files.chown, handle.fd, -1, -1)
         if handle.flags & os.O_APPEND:
             return await self._append(handle, off, buf, effect)
-        written = _write_at_once(handle.fd, off, buf)
+        written = 0 if handle.uncached else _write_at_once(handle.fd, off, buf)
         if written != len(buf):
-            written = await self.work.data(_write_all, handle.fd, off, buf, written)
+            written = await self.work.data(_write_all, handle.fd, off, buf, written, handle.uncached)
         effect.finish(value=written)
         return written
 
@@ -53,7 +56,7 @@ class FileOperations(WriteRights):
                 if await self.work.data(_read, fd, off, len(buf)) == buf:
                     return len(buf)
         with effect.intend(size=off):
-            written = await self.work.data(_write_all, handle.fd, off, buf, 0)
+            written = await self.work.data(_write_all, handle.fd, off, buf, 0, handle.uncached)
         effect.finish(value=written)
         return written
 
@@ -85,14 +88,8 @@ class FileOperations(WriteRights):
         """Close an open file and give its image back, as soon as nobody can write to it any more."""
         mappings = self.mappings if handle.hold is not None and handle.mappable else None
         self.handles.note_closed(handle, lingers=mappings is not None)
-        if handle.fd < 0:
-            pass  # it was gone already when this daemon took over
-        elif self.work.remote:
-            await self.work.sync(os.close, handle.fd)
-        elif os.fstat(handle.fd).st_nlink == 0:
-            self.work.close(handle.fd)
-        else:
-            os.close(handle.fd)
+        if self.gates is None or self.gates.remove(handle.number):
+            await self._close(handle)
         if handle.counted and self.backing is not None:
             self.backing.close(handle.node.id)
         if handle.hold is None:
@@ -101,6 +98,19 @@ class FileOperations(WriteRights):
             mappings.closed(handle, handle.hold)
         else:
             await self.guard.release(handle.hold)
+
+    async def _close(self, handle: FileHandle) -> None:
+        if handle.fd < 0:
+            return  # it was gone already when this daemon took over
+        fds = [handle.fd] if handle.direct < 0 else [handle.direct, handle.fd]
+        removed = not self.work.remote and os.fstat(handle.fd).st_nlink == 0
+        for fd in fds:
+            if self.work.remote:
+                await self.work.sync(os.close, fd)
+            elif removed:
+                self.work.close(fd)
+            else:
+                os.close(fd)
 
 
 def _read(path_fd: int, offset: int, size: int) -> bytes:
@@ -133,11 +143,12 @@ def _write_at_once(fd: int, offset: int, data: bytes) -> int:
         return 0
 
 
-def _write_all(fd: int, offset: int, data: bytes, written: int) -> int:
+def _write_all(fd: int, offset: int, data: bytes, written: int, uncached: bool) -> int:
     view = memoryview(data)
+    flags = os.RWF_DSYNC if uncached else 0
     while written < len(data):
         try:
-            written += os.pwrite(fd, view[written:], offset + written)
+            written += os.pwritev(fd, [view[written:]], offset + written, flags)
         except OSError:
             if written:
                 return written

@@ -28,6 +28,7 @@ from lockfs.fs.nodes import Node, NodeTable
 from lockfs.fs.policy import Policy
 from lockfs.fs.session import Held
 from lockfs.fs.work import Caller, Work
+from lockfs.linux.deadline import Deadline
 from lockfs.linux.files import proc_path
 from lockfs.protocol import messages
 from lockfs.protocol.messages import Owner
@@ -36,6 +37,8 @@ log = logging.getLogger("lockfs.guard")
 
 _NOT_WRITABLE = frozenset({errno.ETXTBSY, errno.EACCES, errno.EPERM, errno.EROFS})
 """Errors of opening a file for writing that say nothing against removing or renaming it."""
+_LATE_PAUSE = 0.01
+"""Seconds between two looks whether a lock that is late was renewed."""
 
 
 @dataclass(slots=True)
@@ -45,11 +48,6 @@ class Hold:
     image: _Image
     owner: Owner
     mode: Mode
-
-    @property
-    def lost(self) -> bool:
-        """True once the lock is no longer safe to write under."""
-        return self.image.lost
 
     @property
     def kept(self) -> list[int]:
@@ -92,6 +90,9 @@ class _Image:
 
 class Lockd(Protocol):
     """What the guard asks of lockd; `lockfs.fs.session` is the real one."""
+
+    deadline: Deadline | None
+    """Until when the locks of this mount are safe; None if they do not expire."""
 
     async def acquire(
         self, image: messages.Image, mode: Mode, owner: Owner, fd: int, node: int
@@ -168,6 +169,20 @@ class Guard:
         for holder in await self.holders(node, caller):
             if not holder.here:
                 raise Busy(holder.holder())
+
+    async def until_safe(self, hold: Hold) -> None:
+        """Return when it is safe to write under *hold*: at once, or when a lock that is late has been renewed.
+
+        Raises OSError(EIO) if it was lost.
+        """
+        while not hold.image.lost:
+            deadline = self._lockd.deadline
+            if deadline is None or not deadline.is_late:
+                return
+            if deadline.is_lost:
+                break
+            await trio.sleep(_LATE_PAUSE)
+        raise OSError(errno.EIO, "the lock was lost")
 
     # Taking and giving back ------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 
 import trio
@@ -32,16 +32,21 @@ class FileHandle:
 
     `hold` is the right to write, or to read a pinned image; None where none is needed, and for a manager's handle
     until its first write.  `counted` says that it counts as an open in `lockfs.kernel.backing`, `mappable` that memory
-    mapped from it changes the storage without a word to this daemon.
+    mapped from it changes the storage without a word to this daemon.  One that was opened with O_DIRECT is `uncached`:
+    nothing that is written by it may stay in memory; `direct` is its descriptor that bypasses the cache, -1 for none.
 
     `flags` are those with which the daemon opened `fd`, as user `uid` and group `gid`; `fd` is -1 if that was another
     daemon and the file cannot be opened again.  `serial` is a number that is never used again, `unique` that of the
-    request.  `inherited` says that `fd` is younger than the handle: it may miss errors of writing back.
+    request, and `answered` says that the kernel has taken the answer to it.  `inherited` says that `fd` is younger than
+    the handle: it may miss errors of writing back.
     """
 
     node: Node
     fd: int
     writable: bool
+    uncached: bool = False
+    direct: int = -1
+    number: int = 0
     hold: Hold | None = None
     manager: Owner | None = None
     turn: trio.Lock | None = None
@@ -52,13 +57,14 @@ class FileHandle:
     gid: int = 0
     unique: int = 0
     serial: int = 0
+    answered: bool = False
     inherited: bool = False
 
     def record(self, number: int) -> records.Opened:
         """Return what a successor has to know; *number* is 0 once it is closed."""
         return records.Opened(
             self.serial, number, self.node.id, self.flags, self.writable, self.uid, self.gid, self.unique,
-            self.counted, self.mappable, hold_record(self.hold), self.manager,
+            self.counted, self.mappable, hold_record(self.hold), self.manager, self.answered, self.uncached,
         )  # fmt: skip
 
 
@@ -91,21 +97,38 @@ class Handles:
         self._directories: dict[int, DirectoryHandle] = {}
         self._lingering: dict[int, FileHandle] = {}
         self._by_unique: dict[int, int] = {}
+        self._unanswered: dict[int, FileHandle] = {}
 
     def __len__(self) -> int:
         return len(self._files) + len(self._directories)
 
     def add_file(self, handle: FileHandle) -> int:
         """Give an open file its number."""
-        number = self._number()
+        number = handle.number = self._number()
         self.last_serial += 1
         handle.serial = self.last_serial
         self._files[number] = handle
+        self._unanswered[handle.unique] = handle
         step("open.before-journal")
         self._journal.note(handle.record(number))
         self._journal.flush()
         step("open.after-journal")
         return number
+
+    def has(self, number: int, handle: FileHandle) -> bool:
+        """Say whether an open file is still open, by this number."""
+        return self._files.get(number) is handle
+
+    def answered(self, unique: int) -> None:
+        """Note that the kernel has taken the answer to a request that has opened a file."""
+        opened = self._unanswered.pop(unique, None)
+        if opened is not None:
+            opened.answered = True
+            self._journal.note(records.Answered(opened.serial))
+
+    def unanswered(self) -> dict[int, FileHandle]:
+        """Return the open files of which the kernel may not know, by their numbers."""
+        return {number: handle for number, handle in self._files.items() if not handle.answered}
 
     def opened_by(self, unique: int) -> tuple[int, FileHandle] | None:
         """Return the number and the open file that a request has led to, if it was carried out by another daemon."""
@@ -164,6 +187,10 @@ class Handles:
         except KeyError:
             raise OSError(errno.EBADF, os.strerror(errno.EBADF)) from None
 
+    def numbers(self, nodes: Collection[int]) -> list[int]:
+        """Return the numbers of the open files of these nodes."""
+        return [number for number, handle in self._files.items() if handle.node.id in nodes]
+
     def files(self) -> list[FileHandle]:
         """Return all open files."""
         return list(self._files.values())
@@ -176,6 +203,7 @@ class Handles:
         """Remove an open file and return it.  Raises OSError(EBADF)."""
         handle = self._file(number)
         del self._files[number]
+        self._unanswered.pop(handle.unique, None)
         self._freed.append(number)
         return handle
 
@@ -229,7 +257,10 @@ class Handles:
             self._lingering[handle.serial] = handle
             return
         self._files[number] = handle
+        handle.number = number
         self._by_unique[handle.unique] = number
+        if not handle.answered:
+            self._unanswered[handle.unique] = handle
 
     def restore_directory(self, number: int, handle: DirectoryHandle) -> None:
         """Take over an open directory."""

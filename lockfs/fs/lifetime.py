@@ -10,8 +10,7 @@ import trio
 
 from lockfs import text
 from lockfs.errors import LockUnavailable
-from lockfs.fs.guard import Guard
-from lockfs.fs.nodes import NodeTable
+from lockfs.fs.operations import Operations
 from lockfs.fs.session import LockdSession
 from lockfs.linux import tree
 from lockfs.linux.unmounting import MountChanges, is_mounted, is_mounted_here
@@ -84,9 +83,10 @@ async def detach_when_unmounted(session: LockdSession, mountpoint: bytes, dev: i
         session.let_go()
 
 
-def obey(order: Order, nodes: NodeTable, guard: Guard) -> None:
+def obey(order: Order, operations: Operations) -> None:
     """Carry out an order of lockd; asks no storage, and waits for nothing.  A ``ping`` is just answered."""
+    operations.shut_gates({number for image in order.images for number in image.nodes})
     for image in order.images:
         for number in image.nodes:
-            nodes.fence(number)
-        guard.lose((image.dev, image.ino), order.reason)
+            operations.nodes.fence(number)
+        operations.guard.lose((image.dev, image.ino), order.reason)

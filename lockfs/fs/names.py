@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pyfuse3 import EntryAttributes, RequestContext
 
 from lockfs.fs import source
-from lockfs.fs.base import Base, replies
+from lockfs.fs.base import Base, Parts, replies
 from lockfs.fs.guard import Hold
 from lockfs.fs.journal.effects import Effect
 from lockfs.fs.nodes import Node
@@ -23,13 +23,22 @@ _RETRIES = 64
 
 
 class NameOperations(Base):
-    """Handlers for requests that name a directory entry."""
+    """Handlers for requests that name a directory entry.
+
+    `doubtful` are nodes of which is being found out whether the kernel knows them: it must not hear of them.
+    """
+
+    def __init__(self, parts: Parts) -> None:
+        super().__init__(parts)
+        self.doubtful: set[int] = set()
 
     @replies
     async def lookup(self, parent_inode: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
         """Find a name; ``.`` and ``..`` come from file servers that look for a lost inode."""
         parent = self.nodes.get(parent_inode)
         if name in (b".", b".."):
+            if name == b"." and parent.id in self.doubtful:
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
             node = parent if name == b"." or parent.parent is None else parent.parent
             with self.nodes.borrow(node) as fd:
                 status = await self.work.short(ctx, os.fstat, fd)

@@ -31,8 +31,8 @@ from lockfs.protocol.messages import Owner
 _PASSED_ON = os.O_ACCMODE | os.O_TRUNC | os.O_SYNC | os.O_DSYNC | os.O_NOATIME
 """Flags of an open that the daemon's descriptor of the file gets.
 
-Not O_APPEND: the kernel says where each write goes, and a descriptor that appends would not heed it.  Not O_DIRECT: the
-kernel passes such requests on uncached, but their memory is not aligned here.
+Not O_APPEND: the kernel says where each write goes, and a descriptor that appends would not heed it.  Not O_DIRECT: not
+all that is asked for is aligned; what is has a descriptor of its own.
 """
 
 
@@ -68,7 +68,7 @@ class OpenOperations(WriteRights):
                 await self.work.long(DAEMON, files.chown, fd, -1, -1)
             if flags & os.O_TRUNC and flags & os.O_ACCMODE == os.O_RDONLY:
                 await self._only_read_on(right, node, ctx)
-            info = await self._new_handle(node, fd, passed_on, right, ctx, unique)
+            info = await self._new_handle(node, fd, passed_on, bool(flags & os.O_DIRECT), right, ctx, unique)
             undo.pop_all()
         return info
 
@@ -113,18 +113,26 @@ class OpenOperations(WriteRights):
                 return await self.work.long(ctx, os.open, path, passed_on), passed_on
 
     async def _new_handle(
-        self, node: Node, fd: int, flags: int, right: _Right, ctx: Caller, unique: int
+        self, node: Node, fd: int, flags: int, uncached: bool, right: _Right, ctx: Caller, unique: int
     ) -> FileInfo:
         """Give the kernel its handle; on failure nothing is left but *fd* and *right*, which may have got a hold."""
-        backing_id = await self._bypass(node, fd, right, ctx)
+        direct = await self.work.short(ctx, self.open_direct, fd, flags) if uncached else -1
+        try:
+            backing_id = await self._bypass(node, fd, right, ctx)
+        except BaseException:
+            if direct >= 0:
+                os.close(direct)
+            raise
         handle = FileHandle(
-            node, fd, flags & os.O_ACCMODE != os.O_RDONLY, right.hold, right.manager,
+            node, fd, flags & os.O_ACCMODE != os.O_RDONLY, uncached, direct, hold=right.hold, manager=right.manager,
             counted=self.backing is not None, mappable=bool(backing_id) and flags & os.O_ACCMODE == os.O_RDWR,
             flags=flags & ~os.O_TRUNC, uid=ctx.uid, gid=ctx.gid, unique=unique,
         )  # fmt: skip
         if handle.mappable and handle.hold is not None and self.mappings is not None:
             self.mappings.opened(node, handle.hold)
-        return self._info(self.handles.add_file(handle), handle)
+        number = self.handles.add_file(handle)
+        self.open_gate(handle)
+        return self._info(number, handle)
 
     def _info(self, number: int, handle: FileHandle) -> FileInfo:
         backing_id = 0 if self.backing is None else self.backing.id_of(handle.node.id)
@@ -187,7 +195,8 @@ class OpenOperations(WriteRights):
             undo.callback(os.close, fd)
             right = await self._right_to_open(node, flags & ~os.O_TRUNC, ctx)
             undo.push_async_callback(self._give_up, right)
-            info = await self._new_handle(node, fd, flags & _PASSED_ON, right, ctx, effect.unique)
+            uncached = bool(flags & os.O_DIRECT)
+            info = await self._new_handle(node, fd, flags & _PASSED_ON, uncached, right, ctx, effect.unique)
             undo.pop_all()
         effect.finish()
         return info, entry

@@ -8,6 +8,7 @@ from lockfs.fs.attributes import AttributeOperations
 from lockfs.fs.base import Parts
 from lockfs.fs.directories import DirectoryOperations
 from lockfs.fs.files import FileOperations
+from lockfs.fs.journal.effects import RESENT
 from lockfs.fs.names import NameOperations
 from lockfs.fs.opening import OpenOperations
 from lockfs.fs.space import SpaceOperations
@@ -35,6 +36,10 @@ class Operations(
         """Note that the kernel has introduced itself."""
         self.started.set()
 
+    def answered(self, unique: int) -> None:
+        """Note that the kernel has taken an answer: what that has opened will be released."""
+        self.handles.answered(unique & ~RESENT)
+
     async def close(self) -> None:
         """Close every handle, and give back every image: the connection has ended.
 
@@ -46,6 +51,8 @@ class Operations(
                 await self.close_handle(handle)
             elif handle.fd >= 0:
                 self.work.close(handle.fd)
+                if handle.direct >= 0:
+                    self.work.close(handle.direct)
         self.effects.journal.remove()
         self.nodes.close()
         self.work.finish()

@@ -23,18 +23,19 @@ import trio
 from lockfs.backend import Mode
 from lockfs.errors import LockfsError, LockUnavailable
 from lockfs.linux.closer import Closer
+from lockfs.linux.deadline import Deadline
 from lockfs.protocol import messages
 from lockfs.protocol.client import LockdClient
 from lockfs.protocol.errors import LockdGone, NotHeld
 from lockfs.protocol.messages import HeldImage, Owner
-from lockfs.protocol.wire import MAX_FDS
+from lockfs.protocol.wire import MAX_FDS, close_all
 from lockfs.steps import step
 
 PATIENCE = 20.0
 """Seconds that a call waits for a lockd that is gone; one is started anew in well under one, on a host in trouble in
 some.
 """
-FIRST_PAUSE, LAST_PAUSE = 0.05, 5.0
+FIRST_PAUSE, LAST_PAUSE = 0.05, 2.0
 """Seconds before the next try to start one."""
 CLAIMS = 1000
 """Holds that are claimed in one message."""
@@ -48,7 +49,6 @@ log = logging.getLogger("lockfs.lockd-client")
 @dataclass(frozen=True, slots=True)
 class Held:
     """One image that the guard holds, with the descriptors that its lock lives in, which stay the guard's."""
-
 
     image: messages.Image
     holds: list[messages.HeldBy]
@@ -80,6 +80,9 @@ class LockdSession:
         self._fuse_fd = -1
         self._attachment: _Attachment | None = None
         self._epoch = 0
+        self.deadline: Deadline | None = None
+        """Until when the locks of this mount are safe; None if they do not expire."""
+        self._heed: Callable[[int], None] | None = None
         self._up, self._down = trio.Event(), trio.Event()
         self._ended = False
         self._closer = Closer(mount.mountpoint)
@@ -106,7 +109,8 @@ class LockdSession:
         client = await LockdClient.connect(self._run_dir, start=True)
         try:
             call = messages.Register(self._mount, mount_id=self._mount_id)
-            registered = await client.register(call, self._source_fd)
+            registered, fds = await client.register(call, self._source_fd)
+            self._take_deadline(registered.deadline_fd, fds)
         except BaseException:
             with trio.CancelScope(shield=True):
                 await client.aclose()
@@ -120,15 +124,37 @@ class LockdSession:
         """Register as the successor of a mount daemon that died.  Raises `LockUnavailable`."""
         client = await LockdClient.connect(run_dir)
         try:
-            mount = await client.resume(messages.Resume(mount_id, token))
+            resumed, fds = await client.resume(messages.Resume(mount_id, token))
+            session = cls(run_dir, resumed.mount, source_fd, wait)
+            session._take_deadline(resumed.deadline_fd, fds)
         except BaseException:
             with trio.CancelScope(shield=True):
                 await client.aclose()
             raise
-        session = cls(run_dir, mount, source_fd, wait)
         session._client, session._mount_id, session._fuse_fd = client, mount_id, fuse_fd
         session._up.set()
         return session
+
+    def heed(self, heed: Callable[[int], None]) -> None:
+        """Have *heed* called with the descriptor of the deadline: now, if there is one, and whenever it is another."""
+        self._heed = heed
+        if self.deadline is not None:
+            heed(self.deadline.fd)
+
+    def _take_deadline(self, index: int | None, fds: list[int]) -> None:
+        """Heed the deadline that lockd has sent.  Raises `LockUnavailable`."""
+        before = self.deadline
+        try:
+            if index is not None:
+                self.deadline = Deadline.attach(fds.pop(index))
+        except (IndexError, OSError, ValueError) as error:
+            raise LockUnavailable(f"lockd does not say until when locks are safe: {error}") from error
+        finally:
+            close_all(fds)
+        if index is not None and self._heed is not None and self.deadline is not None:
+            self._heed(self.deadline.fd)
+        if before is not None and before is not self.deadline:
+            before.close()
 
     @property
     def mount_id(self) -> str:
@@ -156,6 +182,11 @@ class LockdSession:
         answer, (root_fd,) = await self._client.call(messages.TakeOver(self._mount_id), messages.TakenOver)
         self._attachment = _Attachment(answer.dev, answer.data, root_fd, self._fuse_fd, resumable=True)
         return answer.fenced
+
+    async def known(self, nodes: list[int]) -> set[int]:
+        """Return those nodes that the kernel knows.  Raises `LockUnavailable`."""
+        answer, _ = await self._client.call(messages.Known(self._mount_id, nodes), messages.KnownNodes)
+        return set(answer.nodes)
 
     async def reclaim(self, image: messages.Image) -> tuple[int | None, list[int]]:
         """Return the token of the lock of an image, and the descriptors to keep with it.  Raises `LockfsError`."""
@@ -363,6 +394,8 @@ class LockdSession:
         self._ended = True
         self.let_go()
         await self._client.aclose()
+        if self.deadline is not None:
+            self.deadline.close()
 
 
 async def _come(down: trio.Event) -> None:

@@ -18,7 +18,7 @@ import trio
 from lockfs import options, text
 from lockfs.backend import Mode
 from lockfs.errors import LockfsError
-from lockfs.fs import connection, daemon, lifetime, survival
+from lockfs.fs import connection, daemon, doubt, lifetime, survival
 from lockfs.fs.daemon import MAX_TASKS, Request
 from lockfs.fs.handles import DirectoryHandle, FileHandle
 from lockfs.fs.journal import records
@@ -97,6 +97,7 @@ async def _resume(
 ) -> None:
     shown = text.from_bytes(request.mountpoint)
     connection.resume(operations, heir.fuse_fd, nursery, state.begin.init)
+    connection.heed(operations, session)
     if state.begin.data == "passthrough":
         daemon.bypass(operations, heir.fuse_fd, state.begin.dev, nursery)
     await _restore(operations, state)
@@ -109,8 +110,12 @@ async def _resume(
     obey = daemon.obedience(operations)
     operations.attached = True
     await nursery.start(partial(_follow, operations, session, shown, obey))
+    # Before it is known that we serve: a signal that comes then is for the mount.
+    await nursery.start(daemon.unmount_on_signal, request.mountpoint)
     step("resume.before-take-over")
-    for number in await session.take_over():
+    fenced = set(await session.take_over())
+    operations.shut_gates(fenced)
+    for number in fenced:
         operations.nodes.fence(number)
     operations.effects.journal.flush()
     step("resume.after-take-over")
@@ -118,7 +123,7 @@ async def _resume(
     step("resume.after-resend")
     log.info("took over %s, with %d open files", shown, len(operations.handles))
     nursery.start_soon(_reclaim, operations, session)
-    nursery.start_soon(daemon.unmount_on_signal, request.mountpoint)
+    nursery.start_soon(survival.vital, operations, doubt.resolve, operations, session, heir.fuse_fd)
     nursery.start_soon(
         survival.vital, operations, lifetime.detach_when_unmounted, session, request.mountpoint, state.begin.dev
     )
@@ -189,10 +194,10 @@ async def _restore(operations: Operations, state: State) -> None:
 def _handle(operations: Operations, node: Node, opened: records.Opened) -> FileHandle:
     hold = opened.hold
     return FileHandle(
-        node, -1, opened.writable,
-        None if hold is None else operations.guard.restore(node, Mode(hold.mode), hold.owner),
-        opened.manager, None, opened.counted, opened.mappable, opened.flags, opened.uid, opened.gid, opened.unique,
-        opened.serial, inherited=True,
+        node, -1, opened.writable, opened.uncached,
+        hold=None if hold is None else operations.guard.restore(node, Mode(hold.mode), hold.owner),
+        manager=opened.manager, counted=opened.counted, mappable=opened.mappable, flags=opened.flags, uid=opened.uid,
+        gid=opened.gid, unique=opened.unique, serial=opened.serial, answered=opened.answered, inherited=True,
     )  # fmt: skip
 
 
@@ -202,6 +207,10 @@ def _reopen(operations: Operations, handle: FileHandle) -> None:
             handle.fd = os.open(proc_path(fd), handle.flags | os.O_CLOEXEC)
     except OSError as error:
         _gone(handle, error)
+        return
+    if handle.uncached:
+        handle.direct = operations.open_direct(handle.fd, handle.flags)
+    operations.open_gate(handle)
 
 
 async def _reopen_remote(
@@ -214,6 +223,11 @@ async def _reopen_remote(
                 handle.fd = await operations.work.long(_Opener(opened), os.open, proc_path(fd), flags)
         except OSError as error:
             _gone(handle, error)
+            return
+        if handle.uncached:
+            call = operations.open_direct
+            handle.direct = await operations.work.long(_Opener(opened), call, handle.fd, handle.flags)
+        operations.open_gate(handle)
 
 
 def _gone(handle: FileHandle, error: OSError) -> None:

@@ -42,6 +42,10 @@ def begin_journal(request: Request, operations: Operations, mount_id: str, dev: 
     """
     if operations.negotiated is None:
         return
+    if not operations.negotiated.resends:
+        # Who waits for an answer of the dead daemon would wait for good.
+        log.info("if this mount daemon dies it will have no successor: that needs Linux 6.9")
+        return
     begin = records.Begin(
         format=records.FORMAT,
         mount_id=mount_id,

@@ -2,32 +2,37 @@
 
 from __future__ import annotations
 
-import errno
+import logging
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 
 import trio
 
 from lockfs.backend import Mode
-from lockfs.fs.base import Base
+from lockfs.fs.base import HELD_SECONDS, Base
 from lockfs.fs.guard import Hold
 from lockfs.fs.handles import FileHandle
 from lockfs.fs.mappings import Mappings
 from lockfs.fs.nodes import Node
 from lockfs.fs.work import DAEMON, Caller
 from lockfs.kernel.backing import Backing
+from lockfs.kernel.gates import Gates
 from lockfs.linux.files import proc_path
 from lockfs.protocol.messages import Owner
+
+log = logging.getLogger("lockfs.fs")
 
 
 class WriteRights(Base):
     """Helpers of all operations that change bytes.
 
     `backing` has the backing ids of files whose data bypasses the daemon, `mappings` tells when nobody can write to
-    such a file any more; both are None where all data goes through the daemon.
+    such a file any more; both are None where all data goes through the daemon.  `gates` are the open files that the
+    kernel module serves; None without it.
     """
 
+    gates: Gates | None = None
     backing: Backing | None = None
     mappings: Mappings | None = None
 
@@ -48,13 +53,13 @@ class WriteRights(Base):
     async def claim(self, handle: FileHandle) -> None:
         """Make sure that *handle* may write at this moment.
 
-        A manager's handle takes the lock here, at its first write.  Raises `Busy`, `LockUnavailable`; OSError(EIO)
-        if the lock was lost.
+        A manager's handle takes the lock here, at its first write; one whose lock is late waits.  Raises `Busy`,
+        `LockUnavailable`; OSError(EIO) if the lock was lost.
         """
         if handle.manager is not None:
             await self._claim_for_manager(handle)
-        if handle.hold is not None and handle.hold.lost:
-            raise OSError(errno.EIO, "the lock was lost")
+        if handle.hold is not None:
+            await self.guard.until_safe(handle.hold)
 
     async def _claim_for_manager(self, handle: FileHandle) -> None:
         if handle.turn is None:
@@ -63,7 +68,33 @@ class WriteRights(Base):
             if handle.manager is not None:
                 handle.hold = await self.hold_to_write(handle.node, handle.manager, DAEMON)
                 handle.manager = None
+                self.open_gate(handle)
                 self.handles.took(handle)
+
+    def open_direct(self, fd: int, flags: int) -> int:
+        """Open a file once more, with O_DIRECT, if its data goes through this daemon; return -1 if that cannot be."""
+        if self.gates is None or self.backing is not None:
+            return -1
+        try:
+            return os.open(proc_path(fd), flags & ~os.O_TRUNC | os.O_DIRECT | os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError as error:
+            log.debug("no O_DIRECT on the storage: %s", error)
+            return -1
+
+    def open_gate(self, handle: FileHandle) -> None:
+        """Let the kernel module serve the data of an open file."""
+        if self.gates is None or handle.fd < 0 or handle.manager is not None or handle.flags & os.O_APPEND:
+            return  # where writes append, one that is sent again must not be carried out again
+        hold = handle.hold if handle.writable else None
+        # As long as the file is open the image is held, and nobody else can change it.
+        trust = HELD_SECONDS if hold is not None and hold.mode is Mode.EXCLUSIVE else 0
+        self.gates.add(handle.number, handle.fd, handle.direct, guarded=hold is not None, trust=trust)
+
+    def shut_gates(self, nodes: Collection[int]) -> None:
+        """Have handlers refuse what comes for open files of fenced nodes."""
+        if self.gates is not None:
+            for number in self.handles.numbers(nodes):
+                self.gates.shut(number)
 
     @asynccontextmanager
     async def held_to_write(self, node: Node, caller: Caller) -> AsyncIterator[None]:

@@ -38,3 +38,23 @@ def reply(unique: int, error: int, data: bytes, /) -> None:
     Raises OSError: ESRCH for a request that is not there to be answered, ENODEV without a session, else what
     writev(2) on the device says.
     """
+
+def add(number: int, fd: int, direct: int, guarded: bool, trust: int, /) -> None:
+    """Serve reads, writes, syncs and attributes of an open file without Python.
+
+    Its descriptors stay open until `remove`.  *direct* is the file opened with O_DIRECT, for requests that ask for it;
+    or -1.  Writes of a *guarded* file heed the deadline.  The kernel may trust attributes for *trust* seconds.  Raises
+    OSError: EEXIST, ENOMEM.
+    """
+
+def shut(number: int, /) -> bool:
+    """Leave all that comes for a file to Python from now on.  Return False if there is no such file."""
+
+def remove(number: int, /) -> bool:
+    """Forget a file.  Return False if requests of it are under way: then the last of them closes its descriptors."""
+
+def heed(fd: int, /) -> None:
+    """Let no guarded write begin after the deadline in this shared memory (`lockfs.linux.deadline`); -1: there is none.
+
+    Raises OSError.
+    """

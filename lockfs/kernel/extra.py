@@ -12,6 +12,8 @@ missing is left to libfuse, which answers ENOSYS, and the kernel does without:
     async def lseek(self, fh, offset, whence) -> int                    # SEEK_DATA and SEEK_HOLE only
     async def copy_file_range(self, fh_in, off_in, fh_out, off_out, length, flags) -> int
 
+Where there is a method ``answered(unique)``, it is called when the kernel has taken the answer to one of these.
+
 `fh` is the plain index of the handle, without backing id; `ctx` is a `Caller`.  A handler raises FUSEError; of
 anything else the caller sees EIO, and the log the rest.  An answer to copy_file_range may be short; EOPNOTSUPP makes
 the kernel copy through the page cache instead, as it has to be where the storage says EXDEV.  A caller that gets a
@@ -65,6 +67,7 @@ class Requests:
 
     def __init__(self, operations: object, nursery: trio.Nursery) -> None:
         self._nursery = nursery
+        self._answered: Callable[[int], None] = getattr(operations, "answered", _nobody_cares)
         self._serve: dict[int, Serve] = {}
         for handler, opcodes in _SERVED.items():
             if method := getattr(operations, handler, None):
@@ -92,10 +95,16 @@ class Requests:
             log.exception("the handler of FUSE opcode %d failed", request.opcode)
         finally:
             # Also when it is cancelled: a request without an answer leaves its caller unkillable.
-            _reply(request.unique, error, data)
+            if _reply(request.unique, error, data):
+                self._answered(request.unique)
 
 
-def _reply(unique: int, error: int, data: bytes) -> None:
+def _nobody_cares(_unique: int) -> None:
+    pass
+
+
+def _reply(unique: int, error: int, data: bytes) -> bool:
+    """Answer a request; return whether the kernel has taken the answer."""
     from lockfs.kernel import _shim
 
     try:
@@ -104,6 +113,8 @@ def _reply(unique: int, error: int, data: bytes) -> None:
         # ENOENT: the connection has dropped the request; ENODEV: there is no connection any more.
         if failure.errno not in (errno.ENOENT, errno.ENODEV):
             log.error("cannot answer request %d: %s", unique, failure.strerror)
+        return False
+    return True
 
 
 Handler = Callable[..., Awaitable[Any]]

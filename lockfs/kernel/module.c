@@ -93,6 +93,51 @@ static PyObject *module_reply(PyObject *self, PyObject *args)
     Py_RETURN_NONE;
 }
 
+static PyObject *errno_or_none(int error)
+{
+    if (!error)
+        Py_RETURN_NONE;
+    errno = error;
+    return PyErr_SetFromErrno(PyExc_OSError);
+}
+
+static PyObject *module_add(PyObject *self, PyObject *args)
+{
+    (void)self;
+    unsigned int number, trust;
+    int fd, direct, guarded;
+    if (!PyArg_ParseTuple(args, "IiipI", &number, &fd, &direct, &guarded, &trust))
+        return NULL;
+    return errno_or_none(gate_add(number, fd, direct, guarded, trust));
+}
+
+static PyObject *module_shut(PyObject *self, PyObject *number)
+{
+    (void)self;
+    unsigned long value = PyLong_AsUnsignedLong(number);
+    if (PyErr_Occurred())
+        return NULL;
+    return PyBool_FromLong(value <= UINT32_MAX && gate_shut((uint32_t)value));
+}
+
+static PyObject *module_remove(PyObject *self, PyObject *number)
+{
+    (void)self;
+    unsigned long value = PyLong_AsUnsignedLong(number);
+    if (PyErr_Occurred())
+        return NULL;
+    return PyBool_FromLong(value > UINT32_MAX || gate_remove((uint32_t)value));
+}
+
+static PyObject *module_heed(PyObject *self, PyObject *fd)
+{
+    (void)self;
+    long value = PyLong_AsLong(fd);
+    if (PyErr_Occurred())
+        return NULL;
+    return errno_or_none(gate_heed((int)value));
+}
+
 static PyMethodDef methods[] = {
     {"bind", module_bind, METH_O, NULL},
     {"interposed", module_interposed, METH_NOARGS, NULL},
@@ -101,6 +146,10 @@ static PyMethodDef methods[] = {
     {"failure", module_failure, METH_NOARGS, NULL},
     {"current", module_current, METH_NOARGS, NULL},
     {"reply", module_reply, METH_VARARGS, NULL},
+    {"add", module_add, METH_VARARGS, NULL},
+    {"shut", module_shut, METH_O, NULL},
+    {"remove", module_remove, METH_O, NULL},
+    {"heed", module_heed, METH_O, NULL},
     {0},
 };
 

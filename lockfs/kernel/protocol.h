@@ -11,8 +11,11 @@
 #include <sys/uio.h>
 
 enum opcode {
+    OP_GETATTR = 3,
     OP_SETATTR = 4,
+    OP_READ = 15,
     OP_WRITE = 16,
+    OP_FSYNC = 20,
     OP_INTERRUPT = 36,
 };
 
@@ -64,6 +67,37 @@ struct init_out {
 #define SETATTR_KILL_SUIDGID (1u << 11)
 #define WRITE_FLAGS 20 /* fuse_write_in.write_flags */
 #define WRITE_KILL_SUIDGID (1u << 2)
+
+struct io_in { /* of READ and WRITE; after that of WRITE comes the data */
+    uint64_t fh, offset;
+    uint32_t size, io_flags;
+    uint64_t lock_owner;
+    uint32_t flags, padding; /* flags: as of open(2), at this moment */
+};
+
+#define IO_HEADERS (sizeof(struct in_header) + sizeof(struct io_in))
+
+struct write_out {
+    uint32_t size, padding;
+};
+
+struct getattr_in {
+    uint32_t flags, padding;
+    uint64_t fh;
+};
+
+#define GETATTR_FH 1u
+
+struct attr_out {
+    uint64_t valid; /* seconds for which it may be trusted */
+    uint32_t valid_nsec, padding;
+    uint64_t ino, size, blocks, atime, mtime, ctime;
+    uint32_t atime_nsec, mtime_nsec, ctime_nsec;
+    uint32_t mode, nlink, uid, gid, rdev, blksize, flags;
+};
+
+#define FSYNC_IN_SIZE 16 /* fuse_fsync_in: the fh as above, then a word of flags */
+#define FSYNC_DATA_ONLY 1u
 
 /* libfuse: include/fuse_common.h, 3.0 to 3.18. */
 struct fuse_session;

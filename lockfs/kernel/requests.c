@@ -99,13 +99,6 @@ bool shim_inspect(const struct in_header *in, size_t got)
 {
     const void *body = in + 1;
     size_t size = got - sizeof *in;
-    if (in->opcode == OP_INTERRUPT) {
-        /* libfuse does not know our requests: it would answer EAGAIN, the kernel would send the interrupt again, and
-         * so on in a circle.  An interrupt that nobody answers is dropped when its request is. */
-        uint64_t unique = 0;
-        memcpy(&unique, body, size < sizeof unique ? size : sizeof unique);
-        return !find(unique);
-    }
     if (in->opcode < 64 && shim.opcodes >> in->opcode & 1) {
         hand_over(in, body, size);
         return false;

@@ -1,10 +1,11 @@
 /* How the shim gets between pyfuse3 and libfuse.
  *
- * pyfuse3 calls the functions of libfuse by name.  This module has three of these names, too, and, once it is loaded with
+ * pyfuse3 calls the functions of libfuse by name.  This module has four of these names, too, and, once it is loaded with
  * global symbols before pyfuse3 is, the dynamic linker takes ours:
  *
  *   fuse_session_mount        does INIT as well, so that the mount serves when pyfuse3.init() returns;
- *   fuse_session_receive_buf  reads each request, and passes it on or not;
+ *   fuse_session_fd           is what pyfuse3 waits for: that there are requests for it;
+ *   fuse_session_receive_buf  gives it the next of them;
  *   fuse_session_destroy      ends it.
  *
  * Every version of pyfuse3 and libfuse 3 has these.  libfuse's own way in, fuse_session_custom_io, is refused by builds of
@@ -31,6 +32,8 @@ static struct {
     int (*exited)(session *);
     void (*exit)(session *);
 } real;
+
+#define MOST_AT_ONCE 64 /* requests that go to Python in one turn of its event loop */
 
 static char failure[200];
 
@@ -180,42 +183,49 @@ static int hook_mount(session *se, const char *mountpoint)
     if (shake_hands(se, fd) < 0)
         return -1;
     shim_forget_all();
+    int error = readers_start(fd);
+    if (error)
+        return fail("cannot begin to read requests", error);
     shim.fd = fd;
     return 0;
 }
 
-/* Returns the size of a request, 0 at the end, or a negative errno.  pyfuse3 reads with the GIL held once trio has found
- * the device readable.  By then the request may be gone, with the caller that was killed; so the device is non-blocking.
- * Of the errors pyfuse3 goes on only after EINTR.  Requests are copied: to splice them costs more. */
+static int hook_fd(session *se)
+{
+    return shim.fd < 0 ? real.fd(se) : readers_event();
+}
+
+/* Returns the size of a request, 0 at the end, or a negative errno.  Of the errors pyfuse3 goes on only after EINTR: there
+ * is nothing now. */
 static int hook_receive_buf(session *se, struct session_buf *buf)
 {
     if (shim.fd < 0)
         return real.receive_buf(se, buf);
-    if (!buf->mem)
-        buf->mem = malloc(shim.buffer_size); /* freed by pyfuse3 */
-    if (!buf->mem)
-        return -ENOMEM;
-    buf->flags = 0;
-    ssize_t got;
-    do
-        got = read(shim.fd, buf->mem, shim.buffer_size);
-    while (got < 0 && errno == ENOENT); /* that request was interrupted: on to the next */
-    if (real.exited(se))
-        return 0;
-    if (got < 0 && errno == ENODEV) {
-        real.exit(se); /* unmounted */
-        return 0;
+    for (int i = 0; i < MOST_AT_ONCE && !real.exited(se); i++) {
+        void *bytes = NULL;
+        ssize_t got = readers_take(&bytes);
+        if (got == -ENODEV || got == -ECONNABORTED) {
+            real.exit(se); /* unmounted, or cut off */
+            return 0;
+        }
+        if (got <= 0)
+            return got ? (int)got : -EINTR;
+        if (shim_inspect(bytes, (size_t)got)) {
+            free(buf->mem);
+            buf->mem = bytes; /* freed by pyfuse3 */
+            buf->size = (size_t)got;
+            buf->flags = 0;
+            return (int)got;
+        }
+        free(bytes);
     }
-    if (got < 0)
-        return errno == EAGAIN ? -EINTR : -errno;
-    if (got < (ssize_t)sizeof(struct in_header))
-        return -EIO;
-    buf->size = (size_t)got;
-    return shim_inspect(buf->mem, buf->size) ? (int)got : -EINTR;
+    return real.exited(se) ? 0 : -EINTR;
 }
 
 static void hook_destroy(session *se)
 {
+    if (shim.fd >= 0 && readers_stop())
+        gate_remove_all();
     shim.fd = -1;
     if (real.destroy)
         real.destroy(se);
@@ -224,6 +234,7 @@ static void hook_destroy(session *se)
 /* Aliases, since the address of a global symbol of ours might be that of another library's namesake. */
 #define EXPORTED(function) __attribute__((visibility("default"), alias(#function)))
 EXPORTED(hook_mount) int fuse_session_mount(session *se, const char *mountpoint);
+EXPORTED(hook_fd) int fuse_session_fd(session *se);
 EXPORTED(hook_receive_buf) int fuse_session_receive_buf(session *se, struct session_buf *buf);
 EXPORTED(hook_destroy) void fuse_session_destroy(session *se);
 
@@ -234,6 +245,7 @@ bool shim_interposed(void)
         uintptr_t ours;
     } wanted[] = {
         {"fuse_session_mount", (uintptr_t)hook_mount},
+        {"fuse_session_fd", (uintptr_t)hook_fd},
         {"fuse_session_receive_buf", (uintptr_t)hook_receive_buf},
         {"fuse_session_destroy", (uintptr_t)hook_destroy},
     };

@@ -53,6 +53,11 @@ class Negotiated:
         return bool(self.granted & wire.PASSTHROUGH)
 
     @property
+    def resends(self) -> bool:
+        """Whether the kernel can send requests again that a daemon which died has not answered."""
+        return bool(self.offered & wire.HAS_RESEND)
+
+    @property
     def dont_mask(self) -> bool:
         """Whether handlers have to apply the umask."""
         return bool(self.granted & wire.DONT_MASK)

@@ -1,4 +1,4 @@
-/* What the three files of the shim know of each other. */
+/* What the files of the shim know of each other. */
 #ifndef LOCKFS_SHIM_H
 #define LOCKFS_SHIM_H
 
@@ -8,7 +8,8 @@
 
 #include "protocol.h"
 
-/* The one session of this process (pyfuse3 has no more).  Guarded by the GIL, which pyfuse3 holds whenever it calls. */
+/* The one session of this process (pyfuse3 has no more).  Guarded by the GIL, which pyfuse3 holds whenever it calls;
+ * `buffer_size` does not change while there are readers. */
 struct shim {
     /* What `configure` asked for. */
     bool armed;         /* the next session is ours */
@@ -37,6 +38,30 @@ extern struct shim shim;
 bool shim_inspect(const struct in_header *in, size_t got); /* whether pyfuse3 is to get the request */
 int shim_reply(uint64_t unique, int error, const void *data, size_t size); /* 0, or an errno; ESRCH: not ours */
 void shim_forget_all(void);
+
+/* A request in the memory of the thread that has read it. */
+struct request {
+    struct in_header *in; /* its body follows */
+    size_t length;        /* of all */
+    size_t room;
+    unsigned char *aligned; /* where the data of a WRITE begins; what is read may go there */
+    size_t aligned_room;
+};
+
+/* gate.c: all may be called by any thread */
+int gate_add(uint32_t number, int fd, int direct, bool guarded, uint32_t trust); /* 0, or an errno */
+bool gate_shut(uint32_t number);   /* whether there is such a file */
+bool gate_remove(uint32_t number); /* whether its descriptors are the caller's again: nobody uses them */
+void gate_remove_all(void);
+int gate_heed(int fd); /* the deadline; 0, or an errno */
+bool gate_is_for_data(const struct request *request);
+bool gate_serve(int device, struct request *request); /* false: that is for Python; the request is as it was */
+
+/* readers.c */
+int readers_start(int fd); /* 0, or an errno */
+bool readers_stop(void); /* whether all threads have ended */
+int readers_event(void);
+ssize_t readers_take(void **bytes);
 
 /* session.c */
 const char *shim_bind(const char *path); /* NULL, or what is missing */

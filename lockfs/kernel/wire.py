@@ -21,6 +21,8 @@ DONT_MASK = 1 << 6
 HANDLE_KILLPRIV_V2 = 1 << 28
 INIT_EXT = 1 << 30
 PASSTHROUGH = 1 << 37
+HAS_RESEND = 1 << 39
+"""The kernel can be made to send unanswered requests again."""
 
 _NOTIFY_INVAL_INODE = 2
 _NOTIFY_RESEND = 7

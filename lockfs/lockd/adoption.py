@@ -146,7 +146,9 @@ class Adoption:
                     self._claims.settle_image(claim, identity)
                     if mounted.handed_over and not mounted.adopting:
                         self._claims.settle(claim)
-            if lost:
+            if any(lock.blocker(by.owner.key, Mode(by.mode)) for by in held.holds):
+                self._fencer.lose_lock(lock, "two owners have it")
+            elif lost:
                 self._fencer.lose_lock(lock, "it was being fenced when lockd ended")
 
         if lock.share is not mounted.share:

@@ -131,6 +131,9 @@ class Service:
                 mounted = self._shares.get(request.mount_id, client.pid)
                 token, keep = self._table.kept(mounted, request.dev, request.ino)
                 return Answer(messages.Reclaimed(token), keep)
+            case messages.Known():
+                mounted = self._shares.get(request.mount_id, client.pid)
+                return Answer(messages.KnownNodes(await self._shares.known(mounted, request.nodes)))
             case messages.TakeOver():
                 mounted = self._shares.get(request.mount_id, client.pid)
                 return await self._take_over(mounted)
@@ -174,9 +177,8 @@ class Service:
             raise ProtocolError("this connection is the life line of another mount already")
         mounted = await self._shares.join(request.mount, fds.peek(request.source_fd), client.pid, request.mount_id)
         client.mounted = mounted
-        return Answer(
-            messages.Registered(mounted.mount_id, self._shares.host, mounted.share.backend.excludes),
-        )
+        excludes, (index, sent) = mounted.share.backend.excludes, _deadline(mounted)
+        return Answer(messages.Registered(mounted.mount_id, self._shares.host, excludes, index), sent)
 
     async def _take_over(self, mounted: Mounted) -> Answer:
         fenced = await self._shares.take_over(mounted)
@@ -195,7 +197,8 @@ class Service:
                 self._hung_up = trio.Event()
                 await self._hung_up.wait()
         client.mounted = self._shares.resume(request.mount_id, request.token, client.pid)
-        return Answer(messages.Resumed(client.mounted.mount))
+        index, fds = _deadline(client.mounted)
+        return Answer(messages.Resumed(client.mounted.mount, index), fds)
 
     @contextmanager
     def serving(self, client: Client) -> Iterator[None]:
@@ -297,6 +300,12 @@ class Service:
                 size += len(msgspec.json.encode(info))
             last = key
         return messages.Locks(found)
+
+
+def _deadline(mounted: Mounted) -> tuple[int | None, list[int]]:
+    """Return the index of the deadline's descriptor in an answer, and the descriptors of that."""
+    deadline = mounted.share.backend.deadline
+    return (None, []) if deadline is None else (0, [deadline.fd])
 
 
 def _image(image: messages.Image, fd: Descriptor) -> Image:

@@ -285,6 +285,14 @@ class Shares:
             raise UnknownMount(mount_id)
         return await self.replace(mounted)
 
+    async def known(self, mounted: Mounted, nodes: Sequence[int]) -> list[int]:
+        """Return those nodes of a mount that the kernel knows, or of which it is not certain that it does not."""
+        attachment, found = mounted.attachment, dict[int, bool]()
+        if attachment is not None:
+            call = partial(fuseinode.is_known, attachment.root.number)
+            await attachment.requests.for_each(STORAGE_TIMEOUT, call, nodes, found, [attachment.root])
+        return [node for node in nodes if found.get(node, True)]
+
     async def replace(self, mounted: Mounted) -> bool:
         """End the daemon of a mount and have a successor take over; return whether one serves now."""
         attachment, before = mounted.attachment, mounted.restarts

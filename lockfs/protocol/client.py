@@ -67,27 +67,28 @@ class LockdClient:
         await self.call(messages.GetStatus(), messages.Status)
         return self
 
-    async def register(self, request: messages.Register, source_fd: int) -> messages.Registered:
+    async def register(self, request: messages.Register, source_fd: int) -> tuple[messages.Registered, list[int]]:
         """Register a mount, on a connection of its own that lasts as long as the mount: the life line.
 
-        Raises `MountError` if lockd refuses the mount.
+        Return the reply and the descriptors that came with it.  Raises `MountError` if lockd refuses the mount.
         """
         return await self._begin_life(request, messages.Registered, [source_fd])
 
-    async def resume(self, request: messages.Resume) -> messages.Mount:
-        """Register as the successor of a mount daemon, as `register`; return the mount.  Raises `LockUnavailable`."""
-        return (await self._begin_life(request, messages.Resumed, [])).mount
+    async def resume(self, request: messages.Resume) -> tuple[messages.Resumed, list[int]]:
+        """Register as the successor of a mount daemon, as `register`.  Raises `LockUnavailable`."""
+        return await self._begin_life(request, messages.Resumed, [])
 
-    async def _begin_life(self, request: msgspec.Struct, kind: type[T], source: Sequence[int]) -> T:
+    async def _begin_life(
+        self, request: msgspec.Struct, kind: type[T], source: Sequence[int]
+    ) -> tuple[T, list[int]]:
         wire = await self._open()
         try:
             reply, fds = await _converse(wire, request, kind, source)
         except BaseException:
             wire.close()
             raise
-        close_all(fds)
         self._life_line = wire
-        return reply
+        return reply, fds
 
     async def call(
         self, request: msgspec.Struct, reply: type[T], fds: Sequence[int] = ()

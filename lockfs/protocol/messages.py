@@ -144,11 +144,16 @@ class Register(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Registered(msgspec.Struct, frozen=True):
-    """`excludes` is false if the backend grants everything."""
+    """`excludes` is false if the backend grants everything.
+
+    *deadline_fd* is shared memory that says until when locks are safe (`lockfs.linux.deadline`); null if they do not
+    expire.
+    """
 
     mount_id: str
     host: str
     excludes: bool
+    deadline_fd: int | None = None
 
 
 class Acquire(msgspec.Struct, frozen=True):
@@ -294,9 +299,10 @@ class Resume(msgspec.Struct, frozen=True):
 
 
 class Resumed(msgspec.Struct, frozen=True):
-    """The successor may claim what the daemon before has held."""
+    """The successor may claim what the daemon before has held.  *deadline_fd* is as in `Registered`."""
 
     mount: Mount
+    deadline_fd: int | None = None
 
 
 class Claimed(msgspec.Struct, frozen=True):
@@ -334,6 +340,19 @@ class Reclaimed(msgspec.Struct, frozen=True, omit_defaults=True):
     """The descriptors ride along; none if the image is not held.  `token` is that of the lock."""
 
     token: int | None = None
+
+
+class Known(msgspec.Struct, frozen=True):
+    """Ask which nodes of a mount the kernel knows, which its daemon itself cannot find out."""
+
+    mount_id: str
+    nodes: list[int]
+
+
+class KnownNodes(msgspec.Struct, frozen=True):
+    """Those of which it is not certain that the kernel does not know them."""
+
+    nodes: list[int]
 
 
 class TakeOver(msgspec.Struct, frozen=True):
@@ -622,6 +641,7 @@ METHODS: dict[str, tuple[type[msgspec.Struct], type[msgspec.Struct]]] = {
     "Resume": (Resume, Resumed),
     "Claim": (Claim, Claims),
     "Reclaim": (Reclaim, Reclaimed),
+    "Known": (Known, KnownNodes),
     "TakeOver": (TakeOver, TakenOver),
     "Orders": (Orders, Order),
     "Obeyed": (Obeyed, Noted),

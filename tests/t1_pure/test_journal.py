@@ -29,7 +29,7 @@ def opened(serial: int, number: int, node: int = 2, **more: object) -> r.Opened:
 
 ALL: list[r.Record] = [
     BEGIN, r.Found(2, 1, 5, 1, b"na\xffme", b"handle"), r.Found(3, 1, 6, 1, b"x", None), r.Looked(2, -1), r.Moved(2, 3, b"\0"),
-    r.Pinned(2), r.Fenced(2), r.Forgotten(3), opened(1, 1), opened(2, 2, hold=None, manager=OWNER), r.Took(2, HOLD), r.Closed(1, True),
+    r.Pinned(2), r.Fenced(2), r.Forgotten(3), opened(1, 1), opened(2, 2, hold=None, manager=OWNER), r.Answered(1), r.Took(2, HOLD), r.Closed(1, True),
     r.Freed(1), r.Backed(2, 9), r.Unbacked(9), r.OpenedDirectory(3, 1, 44), r.Listed(3, [b"a", b"\xff"]), r.ClosedDirectory(3),
     r.Intended(1 << 62, (1, 2), (3, 4), 5), r.Done(1 << 62, 6, 7), r.Undone(8),
 ]  # fmt: skip
@@ -93,6 +93,11 @@ def test_open_files() -> None:
     assert list(state.lingering) == [1]
     assert (state.last_serial, state.last_number) == (3, 7)
     assert not replay(written(BEGIN, opened(1, 1), r.Closed(1, True), r.Freed(1))).lingering
+
+
+def test_whether_the_kernel_knows_of_an_open_file() -> None:
+    state = replay(written(BEGIN, opened(1, 1), opened(2, 2), r.Answered(1), opened(3, 3, answered=True), r.Took(3, HOLD)))
+    assert {serial for serial, each in state.files.items() if each.answered} == {1, 3}
 
 
 def test_what_lingers_outlives_a_replacement_of_the_file() -> None:

@@ -113,6 +113,21 @@ def test_one_that_cannot_be_written_is_of_no_use(journal: Journal, tmp_path: Pat
         assert mounts.umount(small) == ""
 
 
+def test_one_that_cannot_be_begun_leaves_none_that_is_out_of_date(journal: Journal, tmp_path: Path) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "none", small], check=True)
+    try:
+        path = small / "id.journal"
+        journal.begin(str(path), lambda: [BEGIN])
+        with pytest.raises(OSError, match="No space left"):
+            Journal().begin(str(path), lambda: [BEGIN, records.Listed(1, [bytes(20_000)])])
+        assert path.read_bytes() == b""
+    finally:
+        journal.close()
+        assert mounts.umount(small) == ""
+
+
 def test_it_is_removed(journal: Journal, path: Path) -> None:
     journal.begin(str(path), lambda: [BEGIN])
     journal.remove()

@@ -114,3 +114,33 @@ def test_what_it_needs_is_said_by_the_kernel(opened: Callable[..., int]) -> None
     with pytest.raises(OSError) as caught:
         ofd.lock(opened(os.O_RDONLY), exclusive=True, **BYTE)
     assert caught.value.errno == errno.EBADF
+
+
+@pytest.mark.parametrize("exclusive", [True, False])
+def test_what_a_description_has_is_seen(opened: Callable[..., int], exclusive: bool) -> None:
+    one, two = opened(), opened()
+    assert ofd.held(one, start=0) is None
+    assert ofd.lock(one, exclusive=exclusive, start=0, length=1)
+    assert ofd.held(one, start=0) is exclusive
+    assert ofd.held(one, start=1) is None
+    assert ofd.held(two, start=0) is None
+    assert ofd.is_held(one, exclusive=False, start=0, length=1)
+    assert ofd.is_held(one, exclusive=True, start=0, length=1) is exclusive
+    assert not ofd.is_held(two, exclusive=False, start=0, length=1)
+
+
+def test_it_is_seen_also_where_procfs_does_not_show_it(opened: Callable[..., int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """By how two descriptions of the file meet the lock."""
+    monkeypatch.setattr(ofd, "held", lambda fd, start: None)
+    one, two = opened(), opened()
+    assert not ofd.is_held(one, exclusive=True, start=0, length=1)
+    assert ofd.lock(one, exclusive=True, start=0, length=1)
+    assert ofd.is_held(one, exclusive=True, start=0, length=1)
+    assert not ofd.is_held(two, exclusive=True, start=0, length=1)
+    ofd.unlock(one, start=0, length=1)
+    assert ofd.lock(one, exclusive=False, start=0, length=1)
+    assert ofd.is_held(one, exclusive=False, start=0, length=1)
+    assert not ofd.is_held(one, exclusive=True, start=0, length=1)
+    # Beside others who share it, nobody can tell: then it counts as lost.
+    assert ofd.lock(two, exclusive=False, start=0, length=1)
+    assert not ofd.is_held(one, exclusive=False, start=0, length=1)

@@ -81,7 +81,7 @@ async def mounted(
         fd = os.open(source, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             mount = m.Mount(str(source), mountpoint, "ext4", {}, backend, options)
-            registered = await made.register(m.Register(mount), fd)
+            registered, _ = await made.register(m.Register(mount), fd)
         finally:
             os.close(fd)
         yield FakeMount(made, source, registered)

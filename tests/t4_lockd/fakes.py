@@ -15,6 +15,7 @@ import trio
 from lockfs.backend import Busy, Denied, Grant, GrantLost, Holder, Host, Image, Mode
 from lockfs.errors import LockUnavailable
 from lockfs.linux.closer import Closer
+from lockfs.linux.deadline import Deadline
 from lockfs.lockd.descriptor import Descriptor
 from lockfs.lockd.events import Events
 from lockfs.lockd.lock import Lock
@@ -35,6 +36,7 @@ class FakeBackend:
     """
 
     excludes: bool = True
+    deadline: Deadline | None = None
     elsewhere: dict[int, Holder] = field(default_factory=dict)
     hang: dict[int, trio.Event] = field(default_factory=dict)
     fail: dict[int, Exception] = field(default_factory=dict)

@@ -137,6 +137,20 @@ async def test_while_it_cannot_say_the_image_is_refused_and_the_rest_goes_on(
     await lab.release("x", 2)
 
 
+async def test_two_owners_that_both_say_they_hold_it_are_both_fenced(
+    autojump_clock: MockClock, lab: Lab, back: Return
+) -> None:
+    """It cannot be; if it is all the same, nobody is to write any more."""
+    await back.hand_over(lab.a)
+    await back.hand_over(lab.b, owner="y")
+    back.adoption.finish(lab.a)
+    back.adoption.finish(lab.b)
+    assert next(iter(lab.table.locks.values())).lost
+    await trio.sleep(2)  # the fence
+    await lab.release("x")
+    await lab.release("y", mounted=lab.b)
+
+
 async def test_what_is_lost_is_never_given_back(autojump_clock: MockClock, lab: Lab, back: Return) -> None:
     """The backend does not know of it; whoever has it elsewhere must not lose it by us."""
     lab.backend.gone.add(1)

@@ -241,8 +241,6 @@ def test_a_storage_that_hangs_holds_up_no_fence(
     disk: Disk, host: Host, storage: Path, tmp_path: Path, data: str, expect_log: Expected
 ) -> None:
     expect_log(LOST)
-    # Here the mount daemon hangs with the storage.
-    expect_log("does not fence .*: it is killed", optional=data == "passthrough")
     (storage / "image").write_bytes(bytes(SIZE))
     mount = host.mount(storage, tmp_path / "mnt", f"data={data}")
     with puppet(mount / "image") as writer:
@@ -337,4 +335,4 @@ def test_no_backing_file_stays_open(disk: Disk, host: Host, storage: Path, tmp_p
         assert os.statvfs(storage).f_bfree < free
         fence(host, mount / "image")
         os.unlink(storage / "image")
-    wait_until(lambda: os.statvfs(storage).f_bfree >= free, 10, "the space to be free")
+    wait_until(lambda: os.statvfs(storage).f_bfree >= free, 30, "the space to be free")

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from harness import processes
+from harness import lockd, processes
 from harness.actor import Actor
 from harness.host import Host, Mount
 from harness.logs import Expected
@@ -67,7 +67,7 @@ def test_nobody_notices_that_it_is_killed(mount: Mount, other: Mount, host: Host
         holder.call("write", fd, "written", 0)
         holder.call("close", fd)
         assert asker.result("open", other / "held", os.O_WRONLY) == "ok"
-    wait_until(lambda: host.locks() == [], SOON, "all to be given back")
+    wait_until(lambda: lockd.locks(host.run_dir) == [], SOON, "all to be given back")
 
 
 def test_what_is_closed_while_there_is_none_is_free(mount: Mount, other: Mount, host: Host, storage: Path) -> None:
@@ -80,7 +80,7 @@ def test_what_is_closed_while_there_is_none_is_free(mount: Mount, other: Mount, 
         for number in range(1, 20):
             assert asker.result("open", other / f"image{number}", os.O_RDWR) == "ok"
         assert asker.result("open", other / "image0", os.O_RDWR) == "EBUSY"
-        wait_until(lambda: len(host.locks()) == 1, SOON, "one image to be left")
+        wait_until(lambda: len(lockd.locks(host.run_dir) or []) == 1, SOON, "one image to be left")
 
 
 def test_an_open_that_waits_for_another_goes_on_to_wait(host: Host, storage: Path, tmp_path: Path) -> None:
@@ -226,9 +226,9 @@ def test_told_to_stop_it_is_started_again(mount: Mount, other: Mount, host: Host
     expect_log("lockd stops while 1 mounts need it")
     with Actor() as holder, Actor() as asker:
         holder.call("open", mount / "image", os.O_RDWR | os.O_CREAT)
-        lockd = host.lockd()
-        os.kill(lockd, signal.SIGTERM)
-        comes_back(host, lockd)
+        pid = host.lockd()
+        os.kill(pid, signal.SIGTERM)
+        comes_back(host, pid)
         assert asker.result("open", mount / "image", os.O_RDWR) == "EBUSY"
         assert asker.result("open", other / "image", os.O_RDWR) == "EBUSY"
 
@@ -254,11 +254,11 @@ def test_a_lockd_that_is_told_to_stop_leaves_no_writer_without_a_lock(
         with Actor() as asker:
             assert asker.result("open", other / "image", os.O_RDWR) == "EBUSY"
             assert plain.tell("outcome(os.pwrite, fd, b'data', 0)") == "ok"
-            lockd = host.lockd()
-            os.kill(lockd, signal.SIGTERM)
+            pid = host.lockd()
+            os.kill(pid, signal.SIGTERM)
             wait_until(lambda: asker.result("open", other / "image", os.O_RDWR) == "ok", SOON, "the image to be free")
             assert plain.tell("outcome(os.pwrite, fd, b'more', 0)") in ("EIO", "ENOTCONN")
-            assert not processes.wait_until_gone([lockd], SOON)
+            assert not processes.wait_until_gone([pid], SOON)
     assert (storage / "image").read_bytes()[:4] == b"data"
     unmount_dead(mount)
 

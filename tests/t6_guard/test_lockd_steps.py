@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from harness import processes
+from harness import lockd, processes
 from harness.actor import Actor, Refused
 from harness.host import Host, Mount
 from harness.logs import Expected
@@ -55,7 +55,7 @@ class Scene:
         again = self.host.mount(self.mount.source, self.tmp_path / "again")
         assert self.asker.result("open", again / "held", os.O_RDWR) == "EBUSY"
         again.umount()
-        wait_until(lambda: len(self.host.json("status").get("mounts", [])) == 1, SOON, "one mount to be left")
+        wait_until(lambda: self.mounts() == 1, SOON, "one mount to be left")
 
     def fence(self) -> None:
         fd = self.holder.call("open", self.mount / "fenced", os.O_RDWR | os.O_CREAT)
@@ -82,7 +82,16 @@ class Scene:
         assert self.asker.result("open", self.mount / "held", os.O_RDWR) == "EBUSY", step
         assert self.outside("held") == "EBUSY", step
         assert self.holder.result("stat", self.mount / "held") == "ok", step
-        wait_until(lambda: [each["image"]["relative"] for each in self.host.locks()] == ["held"], SOON, f"the locks after {step}")
+        wait_until(lambda: self.locked() == ["held"], SOON, f"the locks after {step}")
+
+    def mounts(self) -> int:
+        try:
+            return len(lockd.status(self.host.run_dir)["mounts"])
+        except OSError:
+            return 0  # it dies just now, as it should
+
+    def locked(self) -> list[str]:
+        return [each["image"]["relative"] for each in lockd.locks(self.host.run_dir) or []]
 
 
 ACTS: dict[str, Callable[[Scene], None]] = {

@@ -23,7 +23,7 @@ from harness.logs import Expected
 from harness.waiting import wait_until
 from t6_survival.successors import PATIENCE, kill
 
-ROUNDS = int(os.environ.get("LOCKFS_ROUNDS", "10"))
+ROUNDS = int(os.environ.get("LOCKFS_ROUNDS", "8"))
 PROGRAM = Path(__file__).parent / "program.py"
 
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from harness import logs
-from harness.host import Host, Mount
+from harness import logs, mounts
+from harness.host import Host, Mount, MountFailed
 from harness.waiting import wait_until
 from t2_linux.puppet import Puppet
 from t6_survival.successors import PATIENCE, kill, restarts, wait_for_restart
@@ -23,12 +23,16 @@ import lockfs
 from lockfs import steps
 
 ALL = "LOCKFS_ROUNDS" in os.environ
-"""Kill around each record in each operation, which takes minutes; else in two of them only."""
+"""Kill around each record in each operation, which takes minutes; else in one operation, which depends on the data."""
+DATA = ("gated", "passthrough")
+IN_BOTH = ("create", "truncating open", "close", "rename over")
+AROUND = {"gated": "rename over", "passthrough": "create"}
 LATER = 0.5
 """Seconds in which a daemon gets to what a call has caused that did not wait for it."""
 MOST = 12
 """Records that one operation may write."""
 AROUND_RECORDS = ("journal.before-write", "journal.after-write")
+IN_MOUNT = ("mount.before-attachment", "mount.after-attachment")
 IN_EFFECTS = ("effect.before", "effect.after")
 IN_OPEN = ("open.before-journal", "open.after-journal")
 IN_CLOSE = ("close.before-journal", "close.after-journal")
@@ -47,7 +51,7 @@ class Operation:
     itself: str
     after: str
     steps: tuple[str, ...] = IN_EFFECTS
-    data: tuple[str, ...] = ("gated", "passthrough")
+    data: tuple[str, ...] = DATA
     later: bool = False
 
 
@@ -77,6 +81,9 @@ OPERATIONS = [
     Operation("removexattr", "make(p); os.setxattr(p, 'user.x', b'1')", "os.removexattr(p, 'user.x')", "os.listxattr(p) == []"),
     Operation("list", "os.mkdir(p); [make(f'{p}/{n:04}') for n in range(100)]", "found = os.listdir(p)", "sorted(found) == [f'{n:04}' for n in range(100)]", ()),
 ]  # fmt: skip
+CASES = [
+    (data, each) for data in DATA for each in OPERATIONS if data in each.data and (ALL or data == "gated" or each.name in IN_BOTH)
+]  # fmt: skip
 HELPERS = r"""
 import stat, subprocess
 def make(path):
@@ -89,8 +96,8 @@ def done(code):
 class Scene:
     """A mount whose daemons heed steps, and a program."""
 
-    def __init__(self, mount: Mount, puppet: Puppet, directory: Path) -> None:
-        self.mount, self.puppet, self.directory = mount, puppet, directory
+    def __init__(self, mount: Mount, data: str, puppet: Puppet, directory: Path) -> None:
+        self.mount, self.data, self.puppet, self.directory = mount, data, puppet, directory
         self.count = 0
 
     def arm(self, step: str, passes: int = 0) -> None:
@@ -123,7 +130,7 @@ class Scene:
         return died
 
 
-@pytest.fixture(scope="module", params=["gated", "passthrough"])
+@pytest.fixture(scope="module")
 def scene(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
     base = tmp_path_factory.mktemp("steps")
     for name in ("storage", "steps"):
@@ -133,25 +140,19 @@ def scene(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     mount = host.mount(base / "storage", base / "mnt", f"data={request.param}")
     with Puppet() as puppet:
         puppet.tell(HELPERS)
-        yield Scene(mount, puppet, base / "steps")
+        yield Scene(mount, request.param, puppet, base / "steps")
     wait_until(lambda: not host.locks(), PATIENCE, "all images to be free")
     complaints = host.close()
     assert not complaints
     assert not logs.Expected({"did not come up: status -9": False}).complaints(logs.alarms(host.log()))
 
 
-def data_of(scene: Scene) -> str:
-    return str(scene.mount.host.json("status")["mounts"][0]["data"])
-
-
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.name)
+@pytest.mark.parametrize(("scene", "operation"), CASES, indirect=["scene"], ids=lambda each: getattr(each, "name", each))
 def test_it_dies_in_an_operation(scene: Scene, operation: Operation) -> None:
-    if data_of(scene) not in operation.data:
-        pytest.skip("data bypasses the daemon")
     for step in operation.steps:
         assert scene.perform(operation, step), f"the daemon did not come to {step}"
-    if not ALL and operation.name not in ("create", "rename over"):
+    if not ALL and AROUND[scene.data] != operation.name:
         return
     for step in AROUND_RECORDS:
         for passes in range(MOST):
@@ -161,6 +162,7 @@ def test_it_dies_in_an_operation(scene: Scene, operation: Operation) -> None:
             raise AssertionError(f"more than {MOST} records")
 
 
+@pytest.mark.parametrize("scene", DATA if ALL else DATA[1:], indirect=True)
 @pytest.mark.parametrize("step", IN_RESUME)
 def test_a_successor_dies(scene: Scene, step: str) -> None:
     scene.puppet.tell("make(p); fd = os.open(p, os.O_RDWR)", p=str(scene.mount / f"file-{step}"))
@@ -174,8 +176,24 @@ def test_a_successor_dies(scene: Scene, step: str) -> None:
     assert scene.puppet.tell("os.close(fd), open(p).read()")[1] == "newtent"
 
 
+@pytest.mark.parametrize("step", IN_MOUNT)
+def test_it_dies_while_it_mounts(make_host: Callable[..., Host], storage: Path, tmp_path: Path, step: str) -> None:
+    (tmp_path / "steps").mkdir()
+    host = make_host("host-a", LOCKFS_STEPS=str(tmp_path / "steps"))
+    (tmp_path / "steps" / step).touch()
+    if step == "mount.before-attachment":
+        with pytest.raises(MountFailed, match="died while it started"):
+            host.mount(storage, tmp_path / "mnt")
+        assert not mounts.is_mounted(tmp_path / "mnt")
+        wait_until(lambda: not (host.run_dir / "mounts").exists() or not list((host.run_dir / "mounts").iterdir()), PATIENCE, "the journal to go")
+    mount = host.mount(storage, tmp_path / "mnt")
+    assert list((tmp_path / "steps").iterdir()) == []
+    (mount / "file").write_text("content")
+    assert (storage / "file").read_text() == "content"
+
+
 def test_each_step_has_a_test_and_is_there() -> None:
-    tested = {*AROUND_RECORDS, *IN_RESUME, *(step for operation in OPERATIONS for step in operation.steps)}
+    tested = {*IN_MOUNT, *AROUND_RECORDS, *IN_RESUME, *(step for operation in OPERATIONS for step in operation.steps)}
     assert tested == set(steps.MOUNT_DAEMON)
     source = Path(lockfs.__file__).parent
     found = subprocess.run(["grep", "-rhoE", r"\bstep\(\"[^\"]+\"\)", source, "--include=*.py"], capture_output=True, text=True, check=True)

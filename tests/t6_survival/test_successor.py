@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import re
 import signal
+import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 from harness import mounts, processes
 from harness.actor import Actor
@@ -21,7 +23,13 @@ from t6_guard.fencing import fence
 from t6_guard.ways import HELPERS
 from t6_survival.successors import PATIENCE, kill, restarts, serving, told, wait_for_restart
 
-DATA = ("gated", "passthrough")
+from lockfs.fs.journal import records
+from lockfs.fs.journal.records import decode
+from lockfs.fs.journal.state import replay
+
+DATA = ("gated", "passthrough") if "LOCKFS_ROUNDS" in os.environ else ("passthrough",)
+both = pytest.mark.parametrize("mounted", ["gated", "passthrough"], indirect=True)
+"""For what may differ most: it is tried with both in any case."""
 
 
 @pytest.fixture
@@ -67,6 +75,7 @@ def held_back(mount: Mount) -> int:
 # What it takes over --------------------------------------------------------------------------------
 
 
+@both
 def test_open_files_of_every_kind(mounted: Mount, program: Puppet, other: Mount) -> None:
     program.tell("rw = os.open(path, os.O_RDWR)")
     program.tell("ro = os.open(path, os.O_RDONLY)")
@@ -116,6 +125,31 @@ def test_a_mapping_keeps_the_image(mounted: Mount, program: Puppet, other: Mount
         wait_until(lambda: asker.result("open", other / "image", os.O_RDWR) == "ok", PATIENCE, "the image to be free")
 
 
+def test_storage_without_file_handles(host: Host, storage: Path, tmp_path: Path) -> None:
+    """There a name is all that leads to a file again: what has none any more is gone, and says so."""
+    for name in ("lower", "upper", "work"):
+        (tmp_path / name).mkdir()
+    options = f"lowerdir={tmp_path}/lower,upperdir={tmp_path}/upper,workdir={tmp_path}/work"
+    subprocess.run(["mount", "-t", "overlay", "-o", options, "overlay", storage], check=True)
+    try:
+        (storage / "image").write_bytes(b"content")
+        mount = host.mount(storage, tmp_path / "mnt")
+        assert "has no file handles" in host.log()
+        with Puppet() as program:
+            program.tell(HELPERS, top=str(mount.path))
+            program.tell("os.mkdir(top + '/d'); fd = os.open(top + '/image', os.O_RDWR); d = os.open(top + '/d', os.O_RDONLY)")
+            kill(mount)
+            assert program.tell("os.pwrite(fd, b'C', 0), os.fstat(fd).st_size") == [1, 7]
+            program.tell("os.rename(top + '/image', top + '/d/moved'); os.close(os.open('new', os.O_RDWR | os.O_CREAT, dir_fd=d))")
+            kill(mount)
+            assert program.tell("os.pread(fd, 7, 0) == b'Content' and sorted(os.listdir(top + '/d')) == ['moved', 'new']")
+            program.tell("os.close(fd); os.close(d)")
+        wait_until(lambda: not host.locks(), PATIENCE, "the image to be free")
+        mount.umount()
+    finally:
+        wait_until(lambda: not mounts.umount(storage), PATIENCE, "the storage to be let go")
+
+
 def test_owners_are_told_apart_still(host: Host, storage: Path, tmp_path: Path) -> None:
     (storage / "image").touch()
     mount = host.mount(storage, tmp_path / "mnt", "owner=open,wait=0")
@@ -162,6 +196,7 @@ def test_one_that_is_stopped_is_replaced(mounted: Mount, program: Puppet, expect
 # Its end -------------------------------------------------------------------------------------------
 
 
+@both
 def test_nothing_is_left(mounted: Mount, program: Puppet, host: Host) -> None:
     def round_() -> None:
         program.tell("fds = [os.open(f'{path}{n}', os.O_RDWR | os.O_CREAT) for n in range(20)]")
@@ -206,6 +241,7 @@ def test_what_was_unmounted_meanwhile_ends(mounted: Mount, host: Host) -> None:
 # Before it serves ----------------------------------------------------------------------------------
 
 
+@both
 def test_an_image_can_be_fenced(mounted: Mount, program: Puppet, host: Host, other: Mount, expect_log: Expected) -> None:
     expect_log("lost the lock o[nf]|fenced .*: its handles fail")
     program.tell("fd = os.open(path, os.O_RDWR); mine = os.open(path + '2', os.O_RDWR | os.O_CREAT)")
@@ -231,6 +267,30 @@ def test_whoever_is_killed_while_it_waits_leaves_nothing(mounted: Mount, program
     program.process.kill()
     os.kill(pid, signal.SIGCONT)
     wait_until(lambda: program.process.poll() is not None, PATIENCE, "the program to end")
+    wait_until(lambda: not host.locks(), PATIENCE, "the image to be free")
+
+
+def test_what_is_open_for_nobody_is_closed(mounted: Mount, program: Puppet, host: Host) -> None:
+    """Of two open files whose answers the kernel may not have taken, one is in use, and of the other it knows nothing."""
+    program.tell("fd = os.open(path, os.O_RDWR); os.fstat(fd)")
+    (journal,) = (host.run_dir / "mounts").iterdir()
+    pid = held_back(mounted)
+    state = replay(journal.read_bytes())
+    (mine,) = (each for each in state.files.values() if each.hold is not None)
+    node = state.nodes[mine.node].found
+    unknown = msgspec.structs.replace(node, node=1000, lookups=1)
+    nobodys = msgspec.structs.replace(mine, serial=1000, number=1000, node=1000, unique=4, hold=None, answered=False, counted=False)
+    kept = [each for each in decode(journal.read_bytes()) if not isinstance(each, records.Answered)]
+    journal.write_bytes(b"".join(map(records.encode, [*kept, unknown, nobodys])))
+    os.kill(pid, signal.SIGCONT)
+    program.tell("os.fstat(fd)")
+    wait_until(lambda: "was open for nobody" in host.log(), PATIENCE, "one to be closed")
+    program.tell("os.stat(path)")
+    state = replay(journal.read_bytes())
+    assert [each.serial for each in state.files.values() if each.node == 1000] == []
+    assert 1000 not in state.nodes
+    assert [each.serial for each in state.files.values() if each.hold is not None] == [mine.serial]
+    assert program.tell("os.pwrite(fd, b'C', 0), os.close(fd)")[0] == 1
     wait_until(lambda: not host.locks(), PATIENCE, "the image to be free")
 
 

@@ -6,6 +6,7 @@ in a child process of its own, in a fresh directory, so that it may change its u
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import pickle
 import signal
@@ -137,6 +138,7 @@ def _run_and_exit(case: Case, directory: Path, backing: Path, writing: int) -> N
     """Never returns: a child of pytest must not go on as a second pytest."""
     recorder = Recorder(-1)
     try:
+        faulthandler.disable()  # a signal that ends a case is a result as any other
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.setitimer(signal.ITIMER_REAL, LIMIT)
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

@@ -46,11 +46,15 @@ class Journal:
     def begin(self, path: str, snapshot: Callable[[], Iterable[Record]]) -> None:
         """Write what *snapshot* returns, a `Begin` first, to a file that takes the place of any at *path*.
 
-        From now on add what is noted.  Raises OSError.
+        From now on add what is noted.  Raises OSError; then the one that was there is emptied: it is out of date soon.
         """
-        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
         self._path, self._snapshot = path, snapshot
-        self._replace()
+        try:
+            os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+            self._replace()
+        except OSError:
+            self._empty()
+            raise
 
     def note(self, record: Record) -> None:
         """Have a record written with the next `flush`."""
@@ -114,12 +118,15 @@ class Journal:
 
     def _give_up(self, error: OSError) -> None:
         log.error("the journal %s cannot be written (%s): this mount daemon will have no successor", self._path, error)
+        self._empty()
+        self.close()
+
+    def _empty(self) -> None:
         for each in (self._path, f"{self._path}.new"):
             try:
                 os.truncate(each, 0)
             except OSError:
                 pass
-        self.close()
 
     def remove(self) -> None:
         """Remove the file: the mount has ended."""

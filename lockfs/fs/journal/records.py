@@ -100,8 +100,8 @@ class Hold(Record, frozen=True):
 class Opened(Record, frozen=True, tag=8):
     """An open file.  `flags` are those with which the daemon opened it, as user `uid` and group `gid`.
 
-    `unique` is the request, `serial` a number that is never used again.  `hold`, `manager`, `counted` and `mappable`
-    are as in `lockfs.fs.handles.FileHandle`.
+    `unique` is the request, `serial` a number that is never used again.  `hold`, `manager`, `counted`, `mappable` and
+    `uncached` are as in `lockfs.fs.handles.FileHandle`.
     """
 
     serial: int
@@ -116,6 +116,14 @@ class Opened(Record, frozen=True, tag=8):
     mappable: bool
     hold: Hold | None
     manager: Owner | None
+    answered: bool = False
+    uncached: bool = False
+
+
+class Answered(Record, frozen=True, tag=20):
+    """The kernel has taken the answer that a file is open."""
+
+    serial: int
 
 
 class Took(Record, frozen=True, tag=9):
@@ -197,7 +205,7 @@ class Undone(Record, frozen=True, tag=19):
 
 Any = (
     Begin | Found | Looked | Moved | Pinned | Fenced | Forgotten | Opened | Took | Closed | Freed | Backed | Unbacked
-    | OpenedDirectory | Listed | ClosedDirectory | Intended | Done | Undone
+    | Answered | OpenedDirectory | Listed | ClosedDirectory | Intended | Done | Undone
 )  # fmt: skip
 
 _encoder = msgspec.msgpack.Encoder()

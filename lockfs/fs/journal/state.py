@@ -91,18 +91,22 @@ class State:
                 self.intended.pop(record.unique, None)
             case records.Undone():
                 self.intended.pop(record.unique, None)
-            case records.Opened() | records.Took() | records.Closed() | records.Freed():
+            case records.Opened() | records.Answered() | records.Took() | records.Closed() | records.Freed():
                 self._apply_to_files(record)
             case _:
                 pass
 
-    def _apply_to_files(self, record: records.Opened | records.Took | records.Closed | records.Freed) -> None:
+    def _apply_to_files(
+        self, record: records.Opened | records.Answered | records.Took | records.Closed | records.Freed
+    ) -> None:
         match record:
             case records.Opened():
                 # Number 0 is that of a file which is closed already.
                 (self.files if record.number else self.lingering)[record.serial] = record
                 self.last_serial = max(self.last_serial, record.serial)
                 self.last_number = max(self.last_number, record.number)
+            case records.Answered() if record.serial in self.files:
+                self.files[record.serial] = msgspec.structs.replace(self.files[record.serial], answered=True)
             case records.Took() if record.serial in self.files:
                 opened = self.files[record.serial]
                 self.files[record.serial] = msgspec.structs.replace(opened, hold=record.hold, manager=None)

@@ -69,6 +69,9 @@ class Operations(pyfuse3.Operations):
     async def setattr(self, inode, attr, fields, fh, ctx):
         return await self._do("setattr", inode, attr, fields, fh, ctx)
 
+    async def getattr(self, inode, ctx):
+        return await self._do("getattr", inode, ctx)
+
     async def write(self, fh, off, buf):
         return await self._do("write", fh, off, buf)
 
@@ -132,9 +135,9 @@ class Kernel:
                 await trio.lowlevel.wait_readable(self.socket)
             return reply
 
-    async def ask(self, opcode: int, body: bytes = b"", unique: int | None = None) -> Reply:
+    async def ask(self, opcode: int, body: bytes = b"", unique: int | None = None, node: int = 5) -> Reply:
         """Send a request and wait for its answer, which must be the next that comes."""
-        unique = self.post(opcode, body, unique)
+        unique = self.post(opcode, body, unique, node)
         reply = await self.read()
         assert reply.unique == unique
         return reply

@@ -6,6 +6,7 @@ import logging
 import sys
 
 import fake_kernel
+import scenarios_of_data  # noqa: F401
 import scenarios_of_init  # noqa: F401
 import scenarios_of_requests  # noqa: F401
 import trio

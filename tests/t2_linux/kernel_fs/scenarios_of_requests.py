@@ -239,13 +239,11 @@ async def interrupts(k: Kernel) -> None:
         await k.ask(OPENDIR, bytes(8))  # with it libfuse would answer an interrupt that it was left with
     go_on.set()
     assert await k.read() == Reply(unique, 0, b"")
-    # Others go to libfuse, which answers EAGAIN when the next request comes and it was for none that it knows.
+    # Nor does it get those for requests that nobody knows, or such as are too short.
     k.post(INTERRUPT, struct.pack("=Q", unique), unique=unique | 1)
-    other = k.post(OPENDIR, bytes(8))
-    assert {(await k.read()).unique, (await k.read()).unique} == {unique | 1, other}
     k.post(INTERRUPT, b"", unique=5)
-    other = k.post(OPENDIR, bytes(8))
-    assert {(await k.read()).unique, (await k.read()).unique} == {5, other}
+    for _ in range(3):
+        await k.ask(OPENDIR, bytes(8))
 
 
 @scenario
