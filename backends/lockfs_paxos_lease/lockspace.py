@@ -86,7 +86,11 @@ class Lockspace:
         self.in_use: set[str] = set()
         """The names of leases that members have in use: one lease serves one image of this host."""
         self.left: set[str] = set()
-        """What the last lockd of this incarnation had, and nobody has taken up yet."""
+        """What the last lockd of this incarnation had, and nobody has taken up; and what could not be given back."""
+        self.unfenced: set[str] = set()
+        """What was to be adopted and is lost, while those who went by it are yet to be fenced."""
+        self.inherited = False
+        """True from when all that the last lockd had, and is still in use, has been taken up."""
         self.watchdog_path = watchdog_path
         self._watchdog: Watchdog | None = None
         self._was_member = False
@@ -95,6 +99,7 @@ class Lockspace:
         self._inherits_until = math.inf
         self._joined = trio.Event()
         self._failed: EngineError | None = None
+        self._claim = Claim(space, timing, clock, self._digits, self._name, wanted, self.run)
         self._scope = trio.CancelScope()
         self._ended = trio.Event()
 
@@ -209,14 +214,13 @@ class Lockspace:
         self._lose_all(self._why)
 
     async def _join(self) -> Membership:
-        claim = Claim(self.space, self.timing, self._clock, self._digits, self._name, self.wanted, self.run)
-        membership = None
+        claim, membership = self._claim, None
         if self._was_member:
-            idle = not self.in_use
+            idle = self._is_idle
         else:
             state = await trio.to_thread.run_sync(self._state.load, self._boot)
             held = await trio.to_thread.run_sync(self._state.held)
-            idle = state is not None and not held
+            idle = partial(bool, state is not None and not held)
             if state is not None:
                 self._inherits_until = state.renewed + self.timing.fence - self._lead
                 membership = await claim.resume(state)
@@ -224,14 +228,28 @@ class Lockspace:
             self.left = held if membership is not None else set()
         if membership is None:
             membership = await claim.make(idle=idle)
-        await self._save(membership)
-        if self.left and self._watchdog is not None:
+        elif self.left and self._watchdog is not None:
             self._on_watchdog(self._watchdog.arm)
-        # The look at the others that comes with it is what tells the living from the dead.
+        # At once: until then the record is marked as a claim, which not even a successor of ours trusts.  And the look
+        # at the others that comes with it is what tells the living from the dead.
         self.renewal = await self.run(membership.renew())
+        await self._save(membership)
         self._was_member = True
         self._broken = False
         return membership
+
+    def _is_idle(self) -> bool:
+        """Say whether nobody can write any more by what this host was granted under the incarnations of this process.
+
+        What is in use counts until it is released, and not only until it is fenced: before that, I/O that had begun
+        when the fence came may still be on its way to the storage.
+        """
+        return not self.in_use and not self._unanswered
+
+    @property
+    def _unanswered(self) -> bool:
+        """True while somebody may write by what this lockd has not granted, and cannot fence alone."""
+        return bool(self.unfenced) or bool(self.left and not self.inherited)
 
     async def _save(self, membership: Membership) -> None:
         """Write down who this host is now, and nothing of what an earlier incarnation held."""
@@ -268,11 +286,10 @@ class Lockspace:
             self._move_deadline(membership)
             if self._watchdog is not None:
                 self._on_watchdog(partial(self._watchdog.renewed, self._clock() - membership.last_success))
-            if self.in_use or self.left:
-                try:
-                    await self._save(membership)
-                except StorageTrouble as error:
-                    log.warning("%s", error.message)
+            try:
+                await self._save(membership)
+            except StorageTrouble as error:
+                log.warning("%s", error.message)
             if failing:
                 log.info("%s: the lease of this host is renewed again", self._place.where)
             failing = False
@@ -314,7 +331,7 @@ class Lockspace:
         while True:
             if self._watchdog is not None:
                 holding = bool(self.in_use or self.left)
-                at_stake = bool(self.left) or any(member.at_stake for member in self.members)
+                at_stake = self._unanswered or any(member.at_stake for member in self.members)
                 self._on_watchdog(partial(self._watchdog.look, holding=holding, at_stake=at_stake))
             await trio.sleep(WATCH)
 

@@ -127,7 +127,8 @@ async def test_nothing_is_lost_if_the_storage_comes_back_in_time(host: Open, cap
     assert "is renewed again" in caplog.text
 
 
-async def test_after_a_loss_the_host_joins_again_and_gets_what_it_gave_back(host: Open) -> None:
+@pytest.mark.parametrize("released", [True, False])
+async def test_after_a_loss_the_host_joins_again_at_once_if_all_was_given_back(host: Open, released: bool) -> None:
     async with host("host-a") as (a, trouble):
         grant = await a.acquire()
         trouble.hangs = lambda what, path: path == "lockspace"
@@ -137,17 +138,22 @@ async def test_after_a_loss_the_host_joins_again_and_gets_what_it_gave_back(host
         with trio.fail_after(LATER):
             while backend._joined._membership is not None:
                 await trio.sleep(0.05)
+        if released:
+            await a.release(grant)
+        begin = boottime()
         trouble.heal()
-        await a.release(grant)
         with trio.fail_after(LATER):
             while True:
                 try:
-                    grant = await a.acquire()
+                    other = await a.acquire(name="img" if released else "other")
                     break
                 except LockUnavailable:
                     await trio.sleep(0.05)
+        assert (boottime() - begin < TAKEOVER * 3 / 4) is released, "others wait so long for who may still write"
         assert backend._joined.membership().generation == 2
-        await a.release(grant)
+        await a.release(other)
+        if not released:
+            await a.release(grant)
 
 
 async def test_one_share_that_hangs_is_nothing_to_another(host: Open, storage: Path, tmp_path: Path) -> None:
