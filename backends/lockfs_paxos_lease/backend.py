@@ -36,6 +36,7 @@ from lockfs_paxos_lease.engine.membership import Membership
 from lockfs_paxos_lease.engine.timing import DEFAULT_IO_TIMEOUT, Timing
 from lockfs_paxos_lease.errors import explained
 from lockfs_paxos_lease.format.errors import Code
+from lockfs_paxos_lease.late import LatePlace, Memory
 from lockfs_paxos_lease.lockspace import Lockspace
 from lockfs_paxos_lease.naming import lease_name
 from lockfs_paxos_lease.options import LIBVIRT
@@ -74,11 +75,17 @@ class PaxosBackend:
         self._context = context
         self._source = text.from_bytes(context.source)
         self._timing = _timing(options["takeover"], options["io_timeout"])
-        self._place = self._find_place(storage or Disks(context.fstype), str(options["leases"]))
+        leases = str(options["leases"])
+        self._place = LatePlace(
+            self._find_place(storage or Disks(context.fstype), leases),
+            Memory(context.run_dir, context.source, leases, self._timing),
+            lambda: self._card(self._cards.open),
+        )
         self._cards = Cards(context.source_fd, self._source, f"{context.host}\0{context.run_dir}")
         self._card_lane = Lane(CARD_THREADS)
         self._random = random.SystemRandom()
         self._held: dict[str, _Held] = {}
+        self._adopting: set[trio.CancelScope] = set()
         self._lockspace: Lockspace | None = None
         self._inherited = self._mending = False
         self._tell_lost, self._lost = trio.open_memory_channel[Grant](float("inf"))
@@ -101,10 +108,12 @@ class PaxosBackend:
     # Its life --------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Find or make the lockspace, and join it."""
+        """Find or make the lockspace, and join it.
+
+        Where the last lockd held leases it does not wait long for the storage: see `late` and `Lockspace.start`.
+        """
         space = await self._place.open()
         try:
-            await self._card(self._cards.open)
             host_id = self._context.options["host_id"]
             self._lockspace = await registry.enter(
                 self, self._place, space, self._timing, driver.boottime, self._context.host, self._context.run_dir,
@@ -160,14 +169,21 @@ class PaxosBackend:
     async def adopt(self, image: Image, mode: Mode, holder: Holder, keep: Sequence[int], token: int | None) -> Grant:
         """See whether the lease is there, in the incarnation that the last lockd had; nothing is taken.
 
-        Nothing is given back either where it is lost: somebody still goes by it, until `fenced` says otherwise.
+        Nothing is given back either where it is lost: somebody still goes by it, until `fenced` says otherwise.  As
+        long as it cannot be known the answer is awaited here, so that a loss is told when it happens, and not later.
         """
-        joined, name = self._joined, self._name(image)
+        joined, name, scope = self._joined, self._name(image), trio.CancelScope()
+        self._adopting.add(scope)
         try:
-            return await self._adopt(joined, name, image, mode, holder, token)
+            await joined.decided()
+            with scope:
+                return await self._adopt(joined, name, image, mode, holder, token)
+            raise GrantLost(f"the lease on {text.from_bytes(image.path)} has run out before it could be looked at")
         except GrantLost:
             joined.unfenced.add(name)
             raise
+        finally:
+            self._adopting.discard(scope)
 
     async def _adopt(
         self, joined: Lockspace, name: str, image: Image, mode: Mode, holder: Holder, token: int | None
@@ -376,6 +392,8 @@ class PaxosBackend:
 
     def lose(self, reason: str) -> None:
         """Tell all grants lost, each once."""
+        for scope in self._adopting:
+            scope.cancel()
         for held in self._held.values():
             self._lose(held)
 

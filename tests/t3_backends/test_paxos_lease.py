@@ -200,6 +200,7 @@ def test_a_host_that_comes_back_too_late_is_a_new_one_and_waits_for_those_who_ma
     time.sleep(TAKEOVER / 2 + 0.5)
     begin = time.monotonic()
     a = start("host-a")
+    joined_again(a)
     assert a.call("who") == [who[0], who[1] + 1]
     assert time.monotonic() - begin > TAKEOVER * 3 / 4, "others would have waited longer"
     a.call("acquire")
