@@ -226,7 +226,9 @@ class Backend(Protocol):
     async def fenced(self, grant: Grant) -> None:
         """Take note that nobody on this host can write any more under a grant that was lost.
 
-        It stays a grant until it is released, which is when all have closed the image.
+        It stays a grant until it is released, which is when all have closed the image.  Also called for what could not
+        be taken up (`adopt` raised `GrantLost`), of which the backend knows no grant, with one that tells the image; at
+        the latest when all have closed that.
         """
 
 

@@ -5,6 +5,7 @@ Invariants:
 * A grant counts as held, and its lease stays open, from before its acquire begins until its release has ended; what
   could not be given back on the disk is tidied up before the lease is used again.
 * A grant that was told lost is never made good again: it is over when lockd gives it back.
+* A lease that could not be adopted stays as it is on the disk until lockd has fenced those who went by it.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from lockfs_paxos_lease.engine.membership import Membership
 from lockfs_paxos_lease.engine.timing import DEFAULT_IO_TIMEOUT, Timing
 from lockfs_paxos_lease.errors import explained
 from lockfs_paxos_lease.format.errors import Code
+from lockfs_paxos_lease.late import LatePlace, Memory
 from lockfs_paxos_lease.lockspace import Lockspace
 from lockfs_paxos_lease.naming import lease_name
 from lockfs_paxos_lease.options import LIBVIRT
@@ -73,11 +75,17 @@ class PaxosBackend:
         self._context = context
         self._source = text.from_bytes(context.source)
         self._timing = _timing(options["takeover"], options["io_timeout"])
-        self._place = self._find_place(storage or Disks(context.fstype), str(options["leases"]))
+        leases = str(options["leases"])
+        self._place = LatePlace(
+            self._find_place(storage or Disks(context.fstype), leases),
+            Memory(context.run_dir, context.source, leases, self._timing),
+            lambda: self._card(self._cards.open),
+        )
         self._cards = Cards(context.source_fd, self._source, f"{context.host}\0{context.run_dir}")
         self._card_lane = Lane(CARD_THREADS)
         self._random = random.SystemRandom()
         self._held: dict[str, _Held] = {}
+        self._adopting: set[trio.CancelScope] = set()
         self._lockspace: Lockspace | None = None
         self._inherited = self._mending = False
         self._tell_lost, self._lost = trio.open_memory_channel[Grant](float("inf"))
@@ -100,10 +108,12 @@ class PaxosBackend:
     # Its life --------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Find or make the lockspace, and join it."""
+        """Find or make the lockspace, and join it.
+
+        Where the last lockd held leases it does not wait long for the storage: see `late` and `Lockspace.start`.
+        """
         space = await self._place.open()
         try:
-            await self._card(self._cards.open)
             host_id = self._context.options["host_id"]
             self._lockspace = await registry.enter(
                 self, self._place, space, self._timing, driver.boottime, self._context.host, self._context.run_dir,
@@ -133,6 +143,8 @@ class PaxosBackend:
     async def acquire(self, image: Image, mode: Mode, holder: Holder) -> Grant:
         """Take the lease of the image; then leave the card, so that it is there before anybody else is refused."""
         joined, membership, name = self._joined, self._joined.membership(), self._name(image)
+        if name in joined.unfenced:
+            raise LockUnavailable(f"the lease on {text.from_bytes(image.path)} was lost, and is still being fenced")
         if name in joined.in_use:
             # Not the same image, which lockd would know, but one that has the same name: on another filesystem below
             # the source, say.
@@ -155,8 +167,28 @@ class PaxosBackend:
         return held.grant
 
     async def adopt(self, image: Image, mode: Mode, holder: Holder, keep: Sequence[int], token: int | None) -> Grant:
-        """See whether the lease is there, in the incarnation that the last lockd had; nothing is taken."""
-        joined, name, path = self._joined, self._name(image), text.from_bytes(image.path)
+        """See whether the lease is there, in the incarnation that the last lockd had; nothing is taken.
+
+        Nothing is given back either where it is lost: somebody still goes by it, until `fenced` says otherwise.  As
+        long as it cannot be known the answer is awaited here, so that a loss is told when it happens, and not later.
+        """
+        joined, name, scope = self._joined, self._name(image), trio.CancelScope()
+        self._adopting.add(scope)
+        try:
+            await joined.decided()
+            with scope:
+                return await self._adopt(joined, name, image, mode, holder, token)
+            raise GrantLost(f"the lease on {text.from_bytes(image.path)} has run out before it could be looked at")
+        except GrantLost:
+            joined.unfenced.add(name)
+            raise
+        finally:
+            self._adopting.discard(scope)
+
+    async def _adopt(
+        self, joined: Lockspace, name: str, image: Image, mode: Mode, holder: Holder, token: int | None
+    ) -> Grant:
+        path = text.from_bytes(image.path)
         if joined.broken:
             raise GrantLost(f"the lease on {path} has run out: the last lockd's lease was not taken up in time")
         membership = joined.membership()
@@ -172,10 +204,9 @@ class PaxosBackend:
                 raise GrantLost(f"the lease on {path} is not this host's any more")
             if has is Mode.EXCLUSIVE and token is not None and held.lease.version != token:
                 raise GrantLost(f"the lease on {path} has changed hands: version {held.lease.version}, not {token}")
-        except BaseException as error:
+        except BaseException:
             with trio.CancelScope(shield=True):
-                # One that is lost stays as it is on the disk: who goes by it is yet to be fenced.
-                await self._forget(held, given_back=isinstance(error, GrantLost))
+                await self._forget(held, given_back=False)
             raise
         held.mode = has
         held.grant = Grant(image, has, token=held.lease.version if has is Mode.EXCLUSIVE else token)
@@ -184,8 +215,9 @@ class PaxosBackend:
 
     async def inherit(self) -> None:
         """Give back what the last lockd had, and nobody has taken up."""
-        self._inherited = True
-        for name in sorted(self._joined.left - self._joined.in_use):
+        joined = self._joined
+        self._inherited = joined.inherited = True
+        for name in sorted(joined.left - joined.in_use - joined.unfenced):
             await self._give_back(name)
 
     async def mend(self) -> None:
@@ -206,6 +238,7 @@ class PaxosBackend:
             held = await self._use(name, joined.membership(), Mode.EXCLUSIVE, self._find(name))
         except GrantLost:
             joined.left.discard(name)
+            await joined.drop(name)
             return
         try:
             with explained("give back a lease that nobody uses", held.area.where):
@@ -335,10 +368,20 @@ class PaxosBackend:
             yield grant
 
     async def fenced(self, grant: Grant) -> None:
-        """Take note: the lease runs out by itself, but a watchdog must not reset the host for it."""
-        held = self._held.get(self._name(grant.image))
+        """Take note: the lease runs out by itself, but a watchdog must not reset the host for it.
+
+        What is left on the disk of one that could not be adopted is given back now; where the storage does not let us,
+        `mend` does it.
+        """
+        name = self._name(grant.image)
+        held = self._held.get(name)
         if held is not None and held.grant is grant and held.lost:
             held.fenced = True
+        joined = self._joined
+        if name in joined.unfenced:
+            joined.unfenced.discard(name)
+            if name in joined.left and name not in joined.in_use:
+                await self._give_back(name)
 
     # The lockspace's side --------------------------------------------------------------------
 
@@ -349,6 +392,8 @@ class PaxosBackend:
 
     def lose(self, reason: str) -> None:
         """Tell all grants lost, each once."""
+        for scope in self._adopting:
+            scope.cancel()
         for held in self._held.values():
             self._lose(held)
 

@@ -4,15 +4,16 @@
 * Else the one that has this machine's name in its record.  If that was not given back, somebody may still act under
   it: a virtual machine of a lockd that was killed, or another machine that was cloned from this one.  So it must stand
   still for as long as any other host would wait; only if the record is of an earlier boot it is watched for a moment,
-  which shows a clone, and taken.
+  which shows a clone, and taken.  A process that had it itself, and has nothing left of it, takes it at once where the
+  record is what it wrote last: then nobody can have had it in between.
 * Else, or if told so, a free one.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Protocol, TypeVar
 
 import trio
@@ -42,9 +43,9 @@ class Run(Protocol):
     def __call__(self, operation: Operation[T]) -> Awaitable[T]: ...
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Claim:
-    """How to become a member of a lockspace.  *wanted* is the host id that was given, 0 for any."""
+    """How to become a member of a lockspace, again and again.  *wanted* is the host id that was given, 0 for any."""
 
     space: Space
     timing: Timing
@@ -53,6 +54,8 @@ class Claim:
     name: bytes
     wanted: int
     run: Run
+    _last: Membership | None = field(default=None, init=False)
+    """The incarnation that was tried last: it knows what this process has written."""
 
     async def resume(self, state: State) -> Membership | None:
         """Return the membership that the last lockd of this boot had; None if it has run out or is not wanted.
@@ -61,13 +64,17 @@ class Claim:
         """
         if self.wanted not in (0, state.host_id):
             return None
+        if self.clock() >= state.renewed + self.timing.dead_after(self.timing.stored):
+            # Somebody else may have had the host id since, whatever a renewal that landed late makes of the record.
+            return None
         membership = self._membership(state.name)
         return membership if await self.run(membership.resume(state.host_id, state.generation)) else None
 
-    async def make(self, *, idle: bool) -> Membership:
+    async def make(self, *, idle: Callable[[], bool]) -> Membership:
         """Return a new membership.  Raises `EngineError`.
 
-        *idle*: it is certain that nobody can act any more by what this machine was granted before.
+        *idle* says whether it is certain that nobody can act any more by what this machine was granted before; asked as
+        late as can be.
         """
         records = await self.run(self._survey())
         mine = next((each for each in records if identity.is_of(records[each].resource_name, self.digits)), 0)
@@ -75,7 +82,9 @@ class Claim:
             return await self._take(self.wanted or mine, records, idle=idle)
         return await self._take_free(records)
 
-    async def _take(self, host_id: int, records: Mapping[int, Leader], *, idle: bool) -> Membership:
+    async def _take(
+        self, host_id: int, records: Mapping[int, Leader], *, idle: Callable[[], bool]
+    ) -> Membership:
         there = records.get(host_id)
         if there is None or not identity.is_of(there.resource_name, self.digits):
             membership = self._membership(self.name)
@@ -85,10 +94,10 @@ class Claim:
         membership = self._membership(there.resource_name)
         # A time that this boot has not seen yet is one of an earlier boot, which nothing has survived.
         rebooted = there.timestamp > self.timing.stamp(self.clock())
-        if rebooted and not idle:
+        if rebooted and not idle():
             await self._look_for_a_clone(membership, host_id, there)
         try:
-            await self.run(membership.join(host_id, predecessor_gone=idle or rebooted))
+            await self.run(membership.join(host_id, predecessor_gone=idle() or rebooted, same_boot=not rebooted))
         except Clash as error:
             raise self._clone(host_id, error.name) from error
         return membership
@@ -146,4 +155,8 @@ class Claim:
         return found
 
     def _membership(self, name: bytes) -> Membership:
-        return Membership(self.space.name, self.space.geometry, self.timing, name, self.clock)
+        if self._last is not None and self._last.name == name:
+            self._last = self._last.successor()
+        else:
+            self._last = Membership(self.space.name, self.space.geometry, self.timing, name, self.clock)
+        return self._last

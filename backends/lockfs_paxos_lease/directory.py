@@ -13,6 +13,8 @@ import stat
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+import trio
+
 from lockfs.errors import LockUnavailable, MountError
 from lockfs.linux import files
 from lockfs_paxos_lease.disk.area import AreaIO, open_area
@@ -70,7 +72,8 @@ class LeaseDirectory:
             await self.close()
             raise self._unusable(error) from error
         except BaseException:
-            await self.close()
+            with trio.CancelScope(shield=True):
+                await self.close()
             raise
         return self._space
 

@@ -8,6 +8,8 @@ Invariants:
 * A new incarnation begins as if somebody still went by the old one (others' delay is kept) unless all that was granted
   under the old one has been given back, which lockd does only when nobody can write any more.
 * One process on a host has the host id: `state.StateFile.lock`.
+* What the last lockd was granted is known to be lost when its lease, by what it has written down, has run out, whether
+  the storage answers or not.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from typing import Protocol, TypeVar
 
 import trio
 
-from lockfs.errors import LockUnavailable, MountError
+from lockfs.errors import LockfsError, LockUnavailable, MountError
 from lockfs.linux.deadline import Deadline
 from lockfs_paxos_lease import driver, identity, watchdog
 from lockfs_paxos_lease.claim import Claim
@@ -29,8 +31,9 @@ from lockfs_paxos_lease.engine.actions import Area, Clock, Operation
 from lockfs_paxos_lease.engine.errors import BadArea, Clash, EngineError, Lost, StorageTrouble
 from lockfs_paxos_lease.engine.membership import Membership, Renewal
 from lockfs_paxos_lease.engine.timing import Timing
+from lockfs_paxos_lease.format.errors import Code
 from lockfs_paxos_lease.place import Place, Space
-from lockfs_paxos_lease.state import StateFile
+from lockfs_paxos_lease.state import State, StateFile
 from lockfs_paxos_lease.watchdog import Watchdog
 
 FENCE_LEAD = 1.0
@@ -41,6 +44,9 @@ WATCH = 0.25
 """Seconds between two looks at the clock: trio's own stands still while the host is suspended."""
 START_PATIENCE = 7.0
 """Seconds that a mount waits for the end of a join that the rules delay; it then goes on in the background."""
+HEIR_SHARE = 2
+"""Where leases of the last lockd are noted as held, no longer than this part of the time for which they are still good:
+by then lockd must know who goes by them."""
 LEAVE_PATIENCE = 5.0
 
 T = TypeVar("T")
@@ -86,7 +92,11 @@ class Lockspace:
         self.in_use: set[str] = set()
         """The names of leases that members have in use: one lease serves one image of this host."""
         self.left: set[str] = set()
-        """What the last lockd of this incarnation had, and nobody has taken up yet."""
+        """What the last lockd of this incarnation had, and nobody has taken up; and what could not be given back."""
+        self.unfenced: set[str] = set()
+        """What was to be adopted and is lost, while those who went by it are yet to be fenced."""
+        self.inherited = False
+        """True from when all that the last lockd had, and is still in use, has been taken up."""
         self.watchdog_path = watchdog_path
         self._watchdog: Watchdog | None = None
         self._was_member = False
@@ -95,16 +105,27 @@ class Lockspace:
         self._inherits_until = math.inf
         self._joined = trio.Event()
         self._failed: EngineError | None = None
+        self._claim = Claim(space, timing, clock, self._digits, self._name, wanted, self.run)
         self._scope = trio.CancelScope()
         self._ended = trio.Event()
 
     # Its life --------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Join.  Raises `MountError` if that cannot be; where the rules delay it, it goes on in the background."""
+        """Join.  Raises `MountError` if that cannot be; where the rules delay it, it goes on in the background.
+
+        So it does, too, whatever the trouble, where leases of the last lockd are noted as held: without a lockd for
+        their mounts nobody would fence these.
+        """
         await trio.to_thread.run_sync(self._begin)
         try:
-            self.area = await self._place.lockspace()
+            heir, patience = bool(await trio.to_thread.run_sync(self._state.held)), START_PATIENCE
+            if heir:
+                self._inherit(await trio.to_thread.run_sync(self._state.load, self._boot))
+                good = 0.0 if self._broken else max(0.0, self._inherits_until - self._clock())
+                patience = min(patience, good / HEIR_SHARE)
+            else:
+                self.area = await self._place.lockspace()
         except BaseException:
             self._state.unlock()
             self.deadline.close()
@@ -112,12 +133,12 @@ class Lockspace:
         # Nobody gives a backend a nursery, and this must go on between its calls.
         trio.lowlevel.spawn_system_task(self._live, name=f"lockspace {self._place.where}")
         try:
-            with trio.move_on_after(START_PATIENCE):
+            with trio.move_on_after(patience):
                 await self._joined.wait()
         except BaseException:
             await self.stop()
             raise
-        if self._failed is not None and not isinstance(self._failed, StorageTrouble):
+        if self._failed is not None and not isinstance(self._failed, StorageTrouble) and not heir:
             error = self._failed
             await self.stop()
             raise MountError(f"cannot join the lockspace in {self._place.where}: {error.message}", hint=_hint(error))
@@ -209,29 +230,62 @@ class Lockspace:
         self._lose_all(self._why)
 
     async def _join(self) -> Membership:
-        claim = Claim(self.space, self.timing, self._clock, self._digits, self._name, self.wanted, self.run)
-        membership = None
+        claim, membership = self._claim, None
         if self._was_member:
-            idle = not self.in_use
+            idle = self._is_idle
         else:
             state = await trio.to_thread.run_sync(self._state.load, self._boot)
             held = await trio.to_thread.run_sync(self._state.held)
-            idle = state is not None and not held
+            idle = partial(bool, state is not None and not held)
+            self._inherit(state)
+            await self._open_area()
             if state is not None:
-                self._inherits_until = state.renewed + self.timing.fence - self._lead
                 membership = await claim.resume(state)
-            self._broken = membership is None
+            if membership is None:
+                self._broken = True
+                self.deadline.set(0, 0)
             self.left = held if membership is not None else set()
         if membership is None:
             membership = await claim.make(idle=idle)
-        await self._save(membership)
-        if self.left and self._watchdog is not None:
+        elif self.left and self._watchdog is not None:
             self._on_watchdog(self._watchdog.arm)
-        # The look at the others that comes with it is what tells the living from the dead.
+        # At once: until then the record is marked as a claim, which not even a successor of ours trusts.  And the look
+        # at the others that comes with it is what tells the living from the dead.
         self.renewal = await self.run(membership.renew())
+        await self._save(membership)
         self._was_member = True
         self._broken = False
         return membership
+
+    def _inherit(self, state: State | None) -> None:
+        """Take note until when what the last lockd was granted is good, whatever the storage will say."""
+        if state is None or self._broken:
+            self._broken = True
+            return
+        self._inherits_until = state.renewed + self.timing.fence - self._lead
+        self.deadline.set(self._inherits_until - self._lead, self._inherits_until)
+
+    async def _open_area(self) -> None:
+        if self.area is not None:
+            return
+        try:
+            self.area = await self._place.lockspace()
+        except (LockfsError, OSError) as error:
+            what = error.message if isinstance(error, LockfsError) else str(error)
+            raise StorageTrouble(Code.LEADER_READ, f"the lockspace could not be opened: {what}") from error
+
+    def _is_idle(self) -> bool:
+        """Say whether nobody can write any more by what this host was granted under the incarnations of this process.
+
+        What is in use counts until it is released, and not only until it is fenced: before that, I/O that had begun
+        when the fence came may still be on its way to the storage.
+        """
+        return not self.in_use and not self._unanswered
+
+    @property
+    def _unanswered(self) -> bool:
+        """True while somebody may write by what this lockd has not granted, and cannot fence alone."""
+        return bool(self.unfenced) or bool(self.left and not self.inherited)
 
     async def _save(self, membership: Membership) -> None:
         """Write down who this host is now, and nothing of what an earlier incarnation held."""
@@ -268,11 +322,10 @@ class Lockspace:
             self._move_deadline(membership)
             if self._watchdog is not None:
                 self._on_watchdog(partial(self._watchdog.renewed, self._clock() - membership.last_success))
-            if self.in_use or self.left:
-                try:
-                    await self._save(membership)
-                except StorageTrouble as error:
-                    log.warning("%s", error.message)
+            try:
+                await self._save(membership)
+            except StorageTrouble as error:
+                log.warning("%s", error.message)
             if failing:
                 log.info("%s: the lease of this host is renewed again", self._place.where)
             failing = False
@@ -314,7 +367,7 @@ class Lockspace:
         while True:
             if self._watchdog is not None:
                 holding = bool(self.in_use or self.left)
-                at_stake = bool(self.left) or any(member.at_stake for member in self.members)
+                at_stake = self._unanswered or any(member.at_stake for member in self.members)
                 self._on_watchdog(partial(self._watchdog.look, holding=holding, at_stake=at_stake))
             await trio.sleep(WATCH)
 
@@ -342,7 +395,14 @@ class Lockspace:
     @property
     def broken(self) -> bool:
         """True if what the last lockd of this boot was granted is lost for certain."""
-        return self._membership is None and (self._broken or self._clock() >= self._inherits_until)
+        if self._membership is not None:
+            return self._clock() >= self._membership.valid_until - self._lead
+        return self._broken or self._clock() >= self._inherits_until
+
+    async def decided(self) -> None:
+        """Wait until what the last lockd was granted can be looked at, or is lost for certain."""
+        while self._membership is None and not self.broken and not self._ended.is_set():  # noqa: ASYNC110
+            await trio.sleep(WATCH)
 
     # What members do -------------------------------------------------------------------------
 

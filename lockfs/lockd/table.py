@@ -294,6 +294,8 @@ class Table:
             return
         if lock.backed:
             await _give_back(backend, lock.grant)
+        else:
+            await _tell_fenced(backend, lock.grant)
         self._tell("released", lock, None)
         if lock.fd is not None:
             lock.fd.close()
@@ -418,6 +420,14 @@ async def _give_back(backend: Backend, grant: Grant) -> None:
     except LockfsError as error:
         # The descriptors of the lock are closed next, which ends what the storage still has of it.
         log.warning("could not give back the lock on inode %d: %s", grant.image.ino, error)
+
+
+async def _tell_fenced(backend: Backend, grant: Grant) -> None:
+    """All have closed an image whose lock the backend could not take up: so nobody can write to it any more."""
+    try:
+        await backend.fenced(grant)
+    except LockfsError as error:
+        log.info("%s", error.message)
 
 
 def _key(share: Share, dev: int, ino: int) -> Key:

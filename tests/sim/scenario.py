@@ -232,7 +232,7 @@ class Scenario:
 
     def _confirm(self, dead: Station) -> None:
         others = [station for station in self.stations if station is not dead and station.membership is not None]
-        if not dead.up and others:
+        if not dead.powered and others:  # a dead lockd is no dead host: its VMs go on
             self.random.choice(others).confirm_dead(dead.number)
 
     def _reference_fault(self, reference: Reference) -> None:

@@ -90,6 +90,7 @@ class Station(Machine):
         self.leases: dict[str, Lease] = {}
         self.up = False
         """lockd runs."""
+        self.powered = True
         self.ran_before = False
         """lockd has run before in this boot."""
         self.busy = True
@@ -370,7 +371,7 @@ class Station(Machine):
         """The host loses its power, and comes back (or, after an infinite time, does not) in a new boot."""
         if not self.up:
             return
-        self.up = False
+        self.up = self.powered = False
         world = self.world
         world.note(f"host {self.number} loses its power for {downtime:.3f}")
         self.counts.crashes += 1
@@ -381,7 +382,7 @@ class Station(Machine):
             world.at(world.now + downtime, self._reboot, self.epoch)
 
     def _reboot(self, epoch: int) -> None:
-        self.ran_before = False
+        self.powered, self.ran_before = True, False
         self.offset = -self.world.now * self.rate + 5.0 * self.world.random.random()
         self._restart(epoch)
 

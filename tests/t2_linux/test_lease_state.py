@@ -7,6 +7,10 @@ from pathlib import Path
 
 import pytest
 from lockfs_paxos_lease import identity
+from lockfs_paxos_lease.engine.timing import Timing
+from lockfs_paxos_lease.format.size import MIB, Geometry
+from lockfs_paxos_lease.late import Memory
+from lockfs_paxos_lease.place import Space
 from lockfs_paxos_lease.state import State, StateFile
 
 BOOT = "a boot"
@@ -98,3 +102,23 @@ def test_the_name_has_room_and_is_text_again() -> None:
 
 def test_a_boot_is_known() -> None:
     assert len(identity.boot_id()) == 36
+
+
+@pytest.mark.parametrize("gone", ["", "the leases", "the boot", "the timing", "the share", "the file"])
+def test_a_share_is_known_to_a_successor_while_leases_are_held(
+    file: StateFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gone: str
+) -> None:
+    """Otherwise it must look for itself, or tell whoever mounts it that the storage does not answer."""
+    space = Space(b"space", Geometry(4096, 8 * MIB), (1, 2, 3))
+    timing = Timing.own(16)
+    Memory(str(tmp_path), b"/srv/images", "", timing).save(space)
+    if gone != "the leases":
+        file.note("lease")
+    if gone == "the boot":
+        monkeypatch.setattr(identity, "boot_id", lambda: "another boot")
+    if gone == "the file":
+        for path in (tmp_path / "paxos-lease").glob("*.share"):
+            path.write_bytes(b'{"boot": 1}')
+    source = b"/srv/others" if gone == "the share" else b"/srv/images"
+    heir = Memory(str(tmp_path), source, "", Timing.sanlock() if gone == "the timing" else timing)
+    assert heir.load() == (None if gone else space)

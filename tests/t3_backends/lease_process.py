@@ -152,6 +152,13 @@ async def main(name: str, share: str, run_dirs: str, options: str) -> None:
                 return grants[image].token
             if what == "release":
                 return await made.release(grants.pop(image))
+            if what == "adopt":
+                image_there = made.image(image)
+                grants[image] = Grant(image_there, mode)  # as lockd does, for what it then fences
+                grants[image] = await backend.adopt(image_there, mode, made.holder(mode), [], None)
+                return grants[image].mode.value
+            if what == "fenced":
+                return await backend.fenced(grants[image])
             if what == "convert":
                 return await backend.convert(grants[image], mode, made.holder(mode))
             if what == "holder":

@@ -127,7 +127,8 @@ async def test_nothing_is_lost_if_the_storage_comes_back_in_time(host: Open, cap
     assert "is renewed again" in caplog.text
 
 
-async def test_after_a_loss_the_host_joins_again_and_gets_what_it_gave_back(host: Open) -> None:
+@pytest.mark.parametrize("released", [True, False])
+async def test_after_a_loss_the_host_joins_again_at_once_if_all_was_given_back(host: Open, released: bool) -> None:
     async with host("host-a") as (a, trouble):
         grant = await a.acquire()
         trouble.hangs = lambda what, path: path == "lockspace"
@@ -137,17 +138,22 @@ async def test_after_a_loss_the_host_joins_again_and_gets_what_it_gave_back(host
         with trio.fail_after(LATER):
             while backend._joined._membership is not None:
                 await trio.sleep(0.05)
+        if released:
+            await a.release(grant)
+        begin = boottime()
         trouble.heal()
-        await a.release(grant)
         with trio.fail_after(LATER):
             while True:
                 try:
-                    grant = await a.acquire()
+                    other = await a.acquire(name="img" if released else "other")
                     break
                 except LockUnavailable:
                     await trio.sleep(0.05)
+        assert (boottime() - begin < TAKEOVER * 3 / 4) is released, "others wait so long for who may still write"
         assert backend._joined.membership().generation == 2
-        await a.release(grant)
+        await a.release(other)
+        if not released:
+            await a.release(grant)
 
 
 async def test_one_share_that_hangs_is_nothing_to_another(host: Open, storage: Path, tmp_path: Path) -> None:
@@ -362,8 +368,8 @@ async def test_a_watchdog_is_fed_while_renewals_work_and_again_when_all_is_fence
                 await trio.sleep(0.05)
 
 
-async def test_a_successor_on_storage_that_hangs_says_in_time_that_all_is_lost(host: Open, tmp_path: Path) -> None:
-    """It cannot look; but when its predecessor's lease has run out, it knows so."""
+async def left_behind(host: Open, run_dir: Path) -> Grant:
+    """Return a grant of a lockd that is gone as if it had been killed directly after a renewal."""
     async with host("host-a") as (a, _):
         grant = await a.acquire()
         backend = a.backend
@@ -372,15 +378,35 @@ async def test_a_successor_on_storage_that_hangs_says_in_time_that_all_is_lost(h
             while valid_until(a) < boottime() + FENCE - 0.2:  # just renewed, and noted
                 await trio.sleep(0.01)
         await trio.sleep(0.2)
-        said = [(path, path.read_bytes()) for path in (tmp_path / "run" / "host-a").rglob("*") if path.is_file()]
+        said = [(path, path.read_bytes()) for path in run_dir.rglob("*") if path.is_file()]
+        assert backend._joined.area is not None
+        sector = await backend._joined.area.read(0, 512, 1.0)
+        lease = next(path for path in a.share.rglob("*.lease"))
+        held = lease.read_bytes()
         await backend.release(grant)
-    begin = boottime()
+        lockspace = lease.with_name("lockspace")
+    with lockspace.open("r+b") as file:
+        file.write(sector)
+    with lease.open("r+b") as file:
+        file.write(held)
     for path, content in said:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
+    return grant
+
+
+@pytest.mark.parametrize("looks", [0, 1])
+async def test_a_successor_on_storage_that_hangs_says_in_time_that_all_is_lost(
+    host: Open, tmp_path: Path, looks: int
+) -> None:
+    """It cannot look, or only once; but when its predecessor's lease has run out, it knows so."""
+    grant = await left_behind(host, tmp_path / "run" / "host-a")
+    begin = boottime()
     trouble = Trouble()
     # The first look is that of the mount itself.
-    trouble.hangs = lambda what, path: path == "lockspace" and trouble.calls.count(("read", path)) > 1
+    trouble.hangs = lambda what, path: (
+        path == "lockspace" and what != "open" and trouble.calls.count(("read", path)) > looks
+    )
     async with host("host-a", trouble=trouble) as (a, _):
         heir = a.backend
         assert isinstance(heir, PaxosBackend)
@@ -393,6 +419,51 @@ async def test_a_successor_on_storage_that_hangs_says_in_time_that_all_is_lost(h
                     answers.append(type(error))
                 await trio.sleep(0.05)
         assert boottime() - begin < FENCE + 0.5
+        with pytest.raises(LockUnavailable):
+            await a.acquire()
+        await heir.inherit()
+        await heir.fenced(grant)
+        await trio.sleep(FENCE)
+        trouble.heal()
+        with trio.fail_after(LATER):
+            while True:
+                try:
+                    again = await a.acquire()
+                    break
+                except LockUnavailable:
+                    await trio.sleep(0.05)
+        assert heir._joined.membership().generation == 2
+        await a.release(again)
+
+
+async def test_a_successor_on_storage_that_answers_in_time_goes_on(host: Open, tmp_path: Path) -> None:
+    grant = await left_behind(host, tmp_path / "run" / "host-a")
+    trouble = Trouble()
+    trouble.hangs = lambda what, path: path == "lockspace"
+    async with host("host-a", trouble=trouble) as (a, _):
+        heir = a.backend
+        assert isinstance(heir, PaxosBackend)
+        assert heir.deadline is not None
+        assert not heir.deadline.is_lost
+        trouble.heal()
+        with trio.fail_after(LATER):
+            adopted = await heir.adopt(grant.image, grant.mode, a.holder(grant.mode), [], grant.token)
+        assert adopted.token == grant.token
+        assert heir._joined.membership().generation == 1
+        await a.release(adopted)
+
+
+async def test_a_lockd_without_a_predecessor_does_not_start_on_storage_that_hangs(
+    host: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lockfs_paxos_lease.directory.FILE_TIMEOUT", 0.5)
+    async with host("host-a") as (a, _):
+        await a.release(await a.acquire())
+    trouble = Trouble()
+    trouble.hangs = lambda what, path: path == "lockspace"
+    with pytest.raises(LockUnavailable, match="no answer"):
+        async with host("host-a", trouble=trouble):
+            pass
 
 
 async def test_what_could_not_be_given_back_is_given_back_later(host: Open) -> None:

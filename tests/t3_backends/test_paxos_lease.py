@@ -176,6 +176,22 @@ def test_what_nobody_takes_up_is_given_back(start: Start) -> None:
         b.call("acquire", image="two")
 
 
+def test_what_could_not_be_taken_up_stays_until_it_is_fenced(start: Start) -> None:
+    a, b = start("host-a"), start("host-b")
+    a.call("acquire", mode="shared")
+    a.kill()
+    a = start("host-a")
+    with pytest.raises(RuntimeError, match=r"GrantLost: the lease on .* is not this host's any more"):
+        a.call("adopt")
+    a.call("inherit")
+    with pytest.raises(RuntimeError, match="Busy: host host-a"):
+        b.call("acquire")
+    with pytest.raises(RuntimeError, match="is still being fenced"):
+        a.call("acquire")
+    a.call("fenced")
+    b.call("acquire")
+
+
 def test_a_host_that_comes_back_too_late_is_a_new_one_and_waits_for_those_who_may_still_write(start: Start) -> None:
     a = start("host-a")
     who = a.call("who")
@@ -184,20 +200,25 @@ def test_a_host_that_comes_back_too_late_is_a_new_one_and_waits_for_those_who_ma
     time.sleep(TAKEOVER / 2 + 0.5)
     begin = time.monotonic()
     a = start("host-a")
+    joined_again(a)
     assert a.call("who") == [who[0], who[1] + 1]
     assert time.monotonic() - begin > TAKEOVER * 3 / 4, "others would have waited longer"
     a.call("acquire")
 
 
-def test_a_host_that_held_nothing_is_back_at_once(start: Start) -> None:
+@pytest.mark.parametrize("killed", [True, False])
+def test_a_host_that_held_nothing_is_back_at_once_if_nobody_can_have_had_its_id(start: Start, killed: bool) -> None:
     a = start("host-a")
     a.call("acquire")
     a.call("release")
-    a.kill()
+    if killed:
+        a.kill()
+    else:
+        a.leave()
     time.sleep(TAKEOVER / 2 + 0.5)
     begin = time.monotonic()
     a = start("host-a")
-    assert time.monotonic() - begin < TAKEOVER * 3 / 4
+    assert (time.monotonic() - begin > TAKEOVER * 3 / 4) is killed
     assert a.call("who")[1] == 2
 
 

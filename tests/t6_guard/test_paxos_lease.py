@@ -151,3 +151,28 @@ def test_what_a_host_holds_on_storage_that_hangs_is_fenced_in_time(
         wait_until(lambda: one.result("open", mount / "img", os.O_RDWR) == "ok", TAKEOVER + LATER, "a new lease")
     assert (tmp_path / "disk" / "img").read_text() == "before"
     mount.umount()
+
+
+def test_a_lockd_that_is_killed_while_the_storage_hangs_is_succeeded_by_one_that_fences_in_time(
+    frozen: Callable[[bool], None], make_host: Callable[..., Host], tmp_path: Path, expect_log
+) -> None:
+    """It cannot even look whether the lockspace is there; but it knows from its predecessor until when all is safe."""
+    for record in ("does not let us look", "has run out", "lost the lock o[nf]", "fenced .*: its handles fail"):
+        expect_log(record)
+    expect_log("lockd is gone|cannot join|still joining|is slow|has not answered|not renewed|fenced|not be", optional=True)
+    host = make_host("host-a")
+    mount = host.mount(tmp_path / "disk", tmp_path / "mnt", OPTIONS)
+    with Actor() as one:
+        fd = one.call("open", mount / "img", os.O_RDWR | os.O_CREAT)
+        one.call("write", fd, "before", 0)
+        frozen(True)
+        begin = time.monotonic()
+        os.kill(host.lockd(), signal.SIGKILL)
+        wait_until(lambda: "its handles fail" in host.log(), TAKEOVER / 2 + LATER, "the fence")
+        assert time.monotonic() - begin < TAKEOVER * 3 / 4, "others could have it by now"
+        assert one.result("write", fd, "after", 0) == "EIO"
+        frozen(False)
+        assert one.result("write", fd, "after", 0) == "EIO"
+        one.result("close", fd)
+        wait_until(lambda: one.result("open", mount / "img", os.O_RDWR) == "ok", TAKEOVER + LATER, "a new lease")
+    mount.umount()
