@@ -214,6 +214,9 @@ static void *run(void *slot)
     unsigned char *block = NULL;
     ssize_t got = -ENOMEM;
     if (!posix_memalign((void **)&block, PAGE, PAGE + shim.buffer_size)) {
+        /* All of it must be there before anything is read: if this process is killed while the kernel copies a request
+         * to memory that is not, the kernel gives up, and answers the caller with EIO (fuse_dev_do_read). */
+        memset(block, 0, PAGE + shim.buffer_size);
         struct request request = {
             .in = (struct in_header *)(block + PAGE - IO_HEADERS), .room = shim.buffer_size,
             .aligned = block + PAGE, .aligned_room = shim.buffer_size - HEADER_ROOM,

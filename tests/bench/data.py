@@ -119,9 +119,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="tests/bench/run data", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer and shorter rounds: a first impression")
     parser.add_argument("--directory", default="/var/tmp", help="where to put the files (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=2.0, help="length of one run (default: %(default)g)")
     parser.add_argument("--only", default="", help="only jobs with this in their names")
     arguments = parser.parse_args()
-    plan = Plan(3, 0.7) if arguments.quick else Plan(7, 2)
+    plan = Plan(3, 0.7) if arguments.quick else Plan(7, arguments.seconds)
     jobs = [name for name in JOBS if arguments.only in name]
     temporary = tempfile.TemporaryDirectory(dir=arguments.directory, prefix="lockfs-bench.")
     with temporary as name, targets(Path(name)) as found:
