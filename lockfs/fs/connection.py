@@ -31,7 +31,7 @@ Its default of 12 is soon full of direct I/O, behind which each RELEASE, and the
 """
 
 SETTINGS = session.Settings(
-    flags=wire.PASSTHROUGH | wire.HANDLE_KILLPRIV_V2 | wire.DONT_MASK | wire.DIRECT_IO_ALLOW_MMAP,
+    flags=wire.PASSTHROUGH | wire.HANDLE_KILLPRIV_V2 | wire.DONT_MASK,
     max_background=MAX_BACKGROUND,
     congestion_threshold=MAX_BACKGROUND * 3 // 4,
 )

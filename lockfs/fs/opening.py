@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import trio
 from pyfuse3 import EntryAttributes, FileInfo, RequestContext
 
-from lockfs.backend import Mode
 from lockfs.fs import source
 from lockfs.fs.base import replies
 from lockfs.fs.guard import Hold
@@ -137,18 +136,12 @@ class OpenOperations(WriteRights):
 
     def _info(self, number: int, handle: FileHandle) -> FileInfo:
         backing_id = 0 if self.backing is None else self.backing.id_of(handle.node.id)
-        # What is cached of a file may be older than what another host has written since it was last open here.
-        return FileInfo(fh=session.mint(number, backing_id), keep_cache=False, direct_io=self._is_direct(handle))
-
-    def _is_direct(self, handle: FileHandle) -> bool:
-        """Say whether the kernel is to cache nothing of an open file whose data goes through the daemon."""
-        if handle.manager is not None:
-            return True  # so that each write arrives, and is refused, by itself; nor can it be mapped for writing
-        if self.backing is not None or self.negotiated is None or not self.negotiated.direct_mmap:
-            return False
-        # Where others may write the cache could not be used without asking each time whether it is current.
-        held = handle.writable and handle.hold is not None and handle.hold.mode is Mode.EXCLUSIVE
-        return handle.uncached or not held
+        # What is cached of a file may be older than what another host has written since it was last open here.  A
+        # manager's handle bypasses the cache, so that each write arrives, and is refused, by itself; nor can it be
+        # mapped for writing.
+        return FileInfo(
+            fh=session.mint(number, backing_id), keep_cache=False, direct_io=handle.manager is not None
+        )
 
     async def _bypass(self, node: Node, fd: int, right: _Right, ctx: Caller) -> int:
         """Return the backing id with which the file's data bypasses the daemon; 0 if it does not."""

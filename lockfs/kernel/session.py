@@ -63,11 +63,6 @@ class Negotiated:
         return bool(self.granted & wire.DONT_MASK)
 
     @property
-    def direct_mmap(self) -> bool:
-        """Whether files that are open for direct I/O can be mapped as any other."""
-        return bool(self.granted & wire.DIRECT_IO_ALLOW_MMAP)
-
-    @property
     def kill_suidgid(self) -> bool:
         """Whether handlers have to clear suid and sgid bits."""
         return bool(self.granted & wire.HANDLE_KILLPRIV_V2)

@@ -20,7 +20,6 @@ COPY_FILE_RANGE_64 = 53
 DONT_MASK = 1 << 6
 HANDLE_KILLPRIV_V2 = 1 << 28
 INIT_EXT = 1 << 30
-DIRECT_IO_ALLOW_MMAP = 1 << 36
 PASSTHROUGH = 1 << 37
 HAS_RESEND = 1 << 39
 """The kernel can be made to send unanswered requests again."""
@@ -50,7 +49,6 @@ _OPEN_KILL_SUIDGID = 1
 _FOPEN_DIRECT_IO = 1 << 0
 _FOPEN_KEEP_CACHE = 1 << 1
 _FOPEN_NONSEEKABLE = 1 << 2
-_FOPEN_PARALLEL_DIRECT_WRITES = 1 << 6
 _FOPEN_PASSTHROUGH = 1 << 7
 
 BACKING_OPEN = 0x4010E501
@@ -165,14 +163,10 @@ def parse_create(body: bytes) -> Create:
 
 
 def open_out(fh: int, backing_id: int, *, direct_io: bool, keep_cache: bool, nonseekable: bool) -> bytes:
-    """Return struct fuse_open_out.  With a backing id the others do not count: the kernel answers most with EIO.
-
-    Direct writes may be made at once: no handler minds.
-    """
+    """Return struct fuse_open_out.  With a backing id the others do not count: the kernel answers most with EIO."""
     if backing_id:
         return _OPEN_OUT.pack(fh, _FOPEN_PASSTHROUGH, backing_id)
-    direct = _FOPEN_DIRECT_IO | _FOPEN_PARALLEL_DIRECT_WRITES
-    flags = direct_io * direct | keep_cache * _FOPEN_KEEP_CACHE | nonseekable * _FOPEN_NONSEEKABLE
+    flags = direct_io * _FOPEN_DIRECT_IO | keep_cache * _FOPEN_KEEP_CACHE | nonseekable * _FOPEN_NONSEEKABLE
     return _OPEN_OUT.pack(fh, flags, 0)
 
 
