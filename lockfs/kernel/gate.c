@@ -252,6 +252,7 @@ static void read_or_write(int device, struct file *file, struct request *request
     };
     uint64_t unique = request->in->unique;
     ssize_t done = do_all(&io);
+    let_go(file); /* before the answer: the next request may be that to close it */
     struct write_out written = {(uint32_t)done, 0};
     if (write)
         reply(device, unique, done, &written, sizeof written);
@@ -262,7 +263,9 @@ static void read_or_write(int device, struct file *file, struct request *request
 static void sync_file(int device, struct file *file, const struct request *request, bool data_only)
 {
     int failed = data_only ? fdatasync(file->fd) : fsync(file->fd);
-    reply(device, request->in->unique, failed ? -errno : 0, NULL, 0);
+    int error = failed ? -errno : 0;
+    let_go(file);
+    reply(device, request->in->unique, error, NULL, 0);
 }
 
 /* The device number in the form of the protocol: new_encode_dev() of the kernel. */
@@ -285,7 +288,9 @@ static void get_attributes(int device, struct file *file, const struct request *
             .nlink = (uint32_t)s.st_nlink, .uid = s.st_uid, .gid = s.st_gid, .rdev = encode(s.st_rdev),
             .blksize = (uint32_t)s.st_blksize,
         };
-    reply(device, request->in->unique, failed ? -errno : 0, &out, sizeof out);
+    int error = failed ? -errno : 0;
+    let_go(file);
+    reply(device, request->in->unique, error, &out, sizeof out);
 }
 
 /* Whether the request has the form that we know, and this is the moment for it. */
@@ -335,6 +340,7 @@ bool gate_serve(int device, struct request *request)
         sync_file(device, file, request, in.io.offset & FSYNC_DATA_ONLY); /* there, it has flags */
     else if (served)
         read_or_write(device, file, request, &in.io);
-    let_go(file);
+    else
+        let_go(file);
     return served;
 }
