@@ -3,7 +3,7 @@
 Invariants:
 * What was granted stays granted over the death of lockd: the descriptors in which locks live are open in this daemon
   too, and the next lockd takes them up from here (`_come_back`).
-* A call that lockd's death has cut short is made again, and counts once.  `_epoch` says how often all that is held was
+* A call that lockd's death has cut short is made again, and counts once.  `epoch` says how often all that is held was
   listed for a new lockd: what was granted before, and came to be known here after, is not granted any more; what was
   given back before is not listed, and needs no call.
 * Who asks for a lock waits while there is no lockd, for at most `PATIENCE`; then nothing is granted.
@@ -79,7 +79,8 @@ class LockdSession:
         self._mount_id = ""
         self._fuse_fd = -1
         self._attachment: _Attachment | None = None
-        self._epoch = 0
+        self.epoch = 0
+        """How often all that is held was listed for a lockd that was started anew."""
         self.deadline: Deadline | None = None
         """Until when the locks of this mount are safe; None if they do not expire."""
         self._heed: Callable[[int], None] | None = None
@@ -206,13 +207,13 @@ class LockdSession:
         call = messages.Acquire(self._mount_id, image, mode.value, owner, self._wait, node=node)
         while True:
             down = await self._wait_until_up()
-            epoch = self._epoch
+            epoch = self.epoch
             try:
                 acquired, keep = await self._client.call(call, messages.Acquired, [fd])
             except LockdGone:
                 await _come(down)
                 continue
-            if self._epoch == epoch:
+            if self.epoch == epoch:
                 return acquired, keep
             for each in keep:
                 os.close(each)
@@ -223,10 +224,10 @@ class LockdSession:
         Waits for lockd as long as that takes: until then the descriptors must stay.
         """
         call = messages.Release(self._mount_id, image.dev, image.ino, mode.value, owner.key)
-        epoch, repeated = self._epoch, False
+        epoch, repeated = self.epoch, False
         while True:
             await self._up.wait()
-            if self._epoch != epoch:
+            if self.epoch != epoch:
                 return  # it is in no list that the next lockd was given
             down = self._down
             try:
@@ -361,7 +362,7 @@ class LockdSession:
 
         Descriptors stay open meanwhile: whoever would give back what they belong to waits for `_up`.
         """
-        self._epoch += 1
+        self.epoch += 1
         parts = _parts(held())
         try:
             for number, (images, fds) in enumerate(parts, 1):
