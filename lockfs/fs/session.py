@@ -83,6 +83,8 @@ class LockdSession:
         """How often all that is held was listed for a lockd that was started anew."""
         self.deadline: Deadline | None = None
         """Until when the locks of this mount are safe; None if they do not expire."""
+        self.entrusted: Callable[[], dict[int, int]] = dict
+        """Returns what lockd is to keep for a successor: descriptors by node, to be closed by who called."""
         self._heed: Callable[[int], None] | None = None
         self._up, self._down = trio.Event(), trio.Event()
         self._ended = False
@@ -188,6 +190,24 @@ class LockdSession:
         """Return those nodes that the kernel knows.  Raises `LockUnavailable`."""
         answer, _ = await self._client.call(messages.Known(self._mount_id, nodes), messages.KnownNodes)
         return set(answer.nodes)
+
+    async def entrust(self, nodes: Sequence[int], fds: Sequence[int]) -> None:
+        """Have lockd keep a descriptor of each node for a successor; they stay the caller's.  Raises `LockfsError`."""
+        await self._call(messages.Entrust(self._mount_id, list(nodes)), messages.Entrusted, fds)
+
+    async def dispose(self, nodes: Sequence[int]) -> None:
+        """Have lockd close what it keeps of these nodes.  Raises `LockfsError`."""
+        await self._call(messages.Dispose(self._mount_id, list(nodes)), messages.Noted)
+
+    async def fetch(self) -> dict[int, int]:
+        """Return the descriptors that lockd has kept for a successor, by node.  Raises `LockUnavailable`."""
+        found: dict[int, int] = {}
+        while True:
+            call = messages.Fetch(self._mount_id, max(found, default=0))
+            fetched, fds = await self._client.call(call, messages.Fetched)
+            found.update(zip(fetched.nodes, fds, strict=True))
+            if not fetched.nodes:
+                return found
 
     async def reclaim(self, image: messages.Image) -> tuple[int | None, list[int]]:
         """Return the token of the lock of an image, and the descriptors to keep with it.  Raises `LockfsError`."""
@@ -350,12 +370,27 @@ class LockdSession:
                     call = messages.Attach(self._mount_id, there.dev, there.data, resumable=there.resumable)
                     await self._client.call(call, messages.Attached, [there.root_fd, there.fuse_fd])
                     step("handover.after-attach")
+                await self._entrust_again()
                 return
             except (LockfsError, OSError) as error:
                 level = logging.ERROR if pause == LAST_PAUSE else logging.INFO
                 log.log(level, "%s cannot have lockd back: %s", mountpoint, error)
             await trio.sleep(pause)
             pause = min(2 * pause, LAST_PAUSE)
+
+    async def _entrust_again(self) -> None:
+        kept = self.entrusted()
+        try:
+            for at in range(0, len(kept), MAX_FDS):
+                part = dict(list(kept.items())[at : at + MAX_FDS])
+                call = messages.Entrust(self._mount_id, list(part))
+                await self._client.call(call, messages.Entrusted, list(part.values()))
+        except LockdGone:
+            raise
+        except LockfsError as error:
+            log.info("open files without names are lost if this mount daemon dies: %s", error)
+        finally:
+            self._closer.close(kept.values())
 
     async def _hand_over(self, held: Callable[[], list[Held]]) -> bool:
         """Give a lockd that was started anew all that this mount holds.  Return False if it is gone again.
@@ -380,15 +415,17 @@ class LockdSession:
         obey: Callable[[messages.Order], None],
         task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
-        client = self._client
+        client, listening = self._client, False
         try:
             async with client.orders(self._mount_id) as orders:
+                listening = True
                 task_status.started()
                 async for order in orders:
                     obey(order)
                     await client.call(messages.Obeyed(self._mount_id, order.serial), messages.Noted)
-        except LockUnavailable:
-            task_status.started()  # the life line tells
+        except LockUnavailable:  # the life line tells
+            if not listening:
+                task_status.started()
 
     async def end(self) -> None:
         """Leave; lockd then frees what is left of the mount."""

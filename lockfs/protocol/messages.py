@@ -342,6 +342,39 @@ class Reclaimed(msgspec.Struct, frozen=True, omit_defaults=True):
     token: int | None = None
 
 
+class Entrust(msgspec.Struct, frozen=True):
+    """Have lockd keep a descriptor of each of these nodes, which ride along in this order: they are open, and about to
+    lose their last name, so that a successor finds them by it alone.
+    """
+
+    mount_id: str
+    nodes: list[int]
+
+
+class Entrusted(msgspec.Struct, frozen=True):
+    """lockd has them, until `Dispose`, or until the mount is gone."""
+
+
+class Dispose(msgspec.Struct, frozen=True):
+    """The kernel knows these nodes no more: what lockd keeps of them is to be closed."""
+
+    mount_id: str
+    nodes: list[int]
+
+
+class Fetch(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Ask for what was entrusted, in the order of the nodes, or for what follows the node *after*."""
+
+    mount_id: str
+    after: int = 0
+
+
+class Fetched(msgspec.Struct, frozen=True):
+    """As many as fit into one message; the descriptors ride along.  None if there are no more."""
+
+    nodes: list[int]
+
+
 class Known(msgspec.Struct, frozen=True):
     """Ask which nodes of a mount the kernel knows, which its daemon itself cannot find out."""
 
@@ -641,6 +674,9 @@ METHODS: dict[str, tuple[type[msgspec.Struct], type[msgspec.Struct]]] = {
     "Resume": (Resume, Resumed),
     "Claim": (Claim, Claims),
     "Reclaim": (Reclaim, Reclaimed),
+    "Entrust": (Entrust, Entrusted),
+    "Dispose": (Dispose, Noted),
+    "Fetch": (Fetch, Fetched),
     "Known": (Known, KnownNodes),
     "TakeOver": (TakeOver, TakenOver),
     "Orders": (Orders, Order),
