@@ -25,9 +25,9 @@ import trio
 from lockfs import text
 from lockfs.backend import Busy, Mode
 from lockfs.errors import LockUnavailable
+from lockfs.fs.handover import Held
 from lockfs.fs.nodes import Node, NodeTable
 from lockfs.fs.policy import Policy
-from lockfs.fs.session import Held
 from lockfs.fs.work import Caller, Work
 from lockfs.linux.deadline import Deadline
 from lockfs.linux.files import proc_path

@@ -22,12 +22,13 @@ import trio
 
 from lockfs.backend import Mode
 from lockfs.errors import LockfsError, LockUnavailable
+from lockfs.fs.handover import Held, in_messages
 from lockfs.linux.closer import Closer
 from lockfs.linux.deadline import Deadline
 from lockfs.protocol import messages
 from lockfs.protocol.client import LockdClient
 from lockfs.protocol.errors import LockdGone, NotHeld
-from lockfs.protocol.messages import HeldImage, Owner
+from lockfs.protocol.messages import Owner
 from lockfs.protocol.wire import MAX_FDS, close_all
 from lockfs.steps import step
 
@@ -39,23 +40,8 @@ FIRST_PAUSE, LAST_PAUSE = 0.05, 2.0
 """Seconds before the next try to start one."""
 CLAIMS = 1000
 """Holds that are claimed in one message."""
-AT_ONCE = 200
-"""Images of one message of a hand-over: far below its limit of bytes, with names of usual lengths."""
-
 T = TypeVar("T", bound=msgspec.Struct)
 log = logging.getLogger("lockfs.lockd-client")
-
-
-@dataclass(frozen=True, slots=True)
-class Held:
-    """One image that the guard holds, with the descriptors that its lock lives in, which stay the guard's."""
-
-    image: messages.Image
-    holds: list[messages.HeldBy]
-    lock_fd: int
-    keep_fds: Sequence[int]
-    lost: bool
-    token: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -398,7 +384,7 @@ class LockdSession:
         Descriptors stay open meanwhile: whoever would give back what they belong to waits for `_up`.
         """
         self.epoch += 1
-        parts = _parts(held())
+        parts = in_messages(held())
         try:
             for number, (images, fds) in enumerate(parts, 1):
                 step("handover.before-holds")
@@ -440,20 +426,3 @@ async def _come(down: trio.Event) -> None:
     """A call was cut short: wait until that is known here, too, so that the next one goes to the next lockd."""
     with trio.move_on_after(LAST_PAUSE):
         await down.wait()
-
-
-def _parts(held: Sequence[Held]) -> list[tuple[list[HeldImage], list[int]]]:
-    """Return messages of a hand-over, each with its descriptors; at least one."""
-    parts: list[tuple[list[HeldImage], list[int]]] = [([], [])]
-    for each in held:
-        more = [*([each.lock_fd] if each.lock_fd >= 0 else []), *each.keep_fds]
-        images, fds = parts[-1]
-        if len(images) >= AT_ONCE or len(fds) + len(more) > MAX_FDS:
-            images, fds = [], []
-            parts.append((images, fds))
-        at = len(fds)
-        keep_at = at + (each.lock_fd >= 0)
-        keep = list(range(keep_at, keep_at + len(each.keep_fds)))
-        images.append(HeldImage(each.image, each.holds, at if each.lock_fd >= 0 else -1, keep, each.lost, each.token))
-        fds += more
-    return parts
