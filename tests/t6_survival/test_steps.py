@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -142,21 +143,33 @@ class Scene:
         return died
 
 
-@pytest.fixture(scope="module")
-def scene(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
+@contextmanager
+def staged(data: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
     base = tmp_path_factory.mktemp("steps")
     for name in ("storage", "steps"):
         (base / name).mkdir()
     variables = {"LOCKFS_STEPS": str(base / "steps"), "LOCKFS_RESTARTS": "1000000"}
     host = Host("host-a", tmp_path_factory.mktemp("h"), variables=variables)
-    mount = host.mount(base / "storage", base / "mnt", f"data={request.param}")
+    mount = host.mount(base / "storage", base / "mnt", f"data={data}")
     with Puppet() as puppet:
         puppet.tell(HELPERS)
-        yield Scene(mount, request.param, puppet, base / "steps")
+        yield Scene(mount, data, puppet, base / "steps")
     wait_until(lambda: not host.locks(), PATIENCE, "all images to be free")
     complaints = host.close()
     assert not complaints
     assert not logs.Expected({"did not come up: status -9": False}).complaints(logs.alarms(host.log()))
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Scene]]:
+    """One for each way of data, for all tests: a fixture with parameters would be made anew for each of them."""
+    with ExitStack() as stack:
+        yield {data: stack.enter_context(staged(data, tmp_path_factory)) for data in DATA}
+
+
+@pytest.fixture
+def scene(request: pytest.FixtureRequest, scenes: dict[str, Scene]) -> Scene:
+    return scenes[request.param]
 
 
 @pytest.mark.timeout(300)
