@@ -20,8 +20,8 @@ from t4_lockd.clients import bare, client, mounted
 
 from lockfs.errors import LockUnavailable, SystemError_, UsageError
 from lockfs.linux import ofd
-from lockfs.protocol import messages as m
 from lockfs.protocol import hung, start
+from lockfs.protocol import messages as m
 from lockfs.protocol.client import LockdClient
 
 ENSURE = "from lockfs.protocol.start import *; ensure_lockd(run_dir())"
