@@ -163,6 +163,19 @@ class LeaseDirectory:
         except OSError as error:
             raise LockUnavailable(f"cannot make the lease {self._file(name)}: {error.strerror}") from error
 
+    async def is_current(self, name: str, area: AreaIO) -> bool:
+        """Say whether an area that was opened is that of the file which has the lease's name now."""
+        file = name + self._suffix
+        try:
+            info = await self._call(
+                lambda: os.stat(file, dir_fd=self._fd, follow_symlinks=False), f"look at the lease {name}"
+            )
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            raise LockUnavailable(f"cannot look at the lease {self._file(name)}: {error.strerror}") from error
+        return area.identity == (info.st_dev, info.st_ino)
+
     def _make_lease(self, name: str) -> None:
         space, timing = self._space, self._timing
         if space is None:
