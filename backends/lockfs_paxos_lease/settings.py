@@ -33,8 +33,10 @@ class Settings:
         options = context.options
         leases, libvirt = str(options["leases"]), options["names"] == LIBVIRT
         timing = _timing(SANLOCK if options["engine"] == SANLOCK else options["takeover"], options["io_timeout"])
-        if libvirt and not (leases and timing.is_sanlock):
-            raise MountError("names=libvirt needs takeover=sanlock, and leases= must be libvirt's disk_lease_dir")
+        if libvirt and not leases:
+            raise MountError("names=libvirt needs leases=, which must be libvirt's disk_lease_dir")
+        if libvirt and not timing.is_sanlock:
+            raise MountError("names=libvirt needs takeover=sanlock: sanlock goes by no other timing")
         host_id = options["host_id"]
         source = text.from_bytes(context.source)
         return cls(context, source, timing, leases, host_id if isinstance(host_id, int) else 0, libvirt)
