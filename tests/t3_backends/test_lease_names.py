@@ -47,7 +47,7 @@ async def test_all_hosts_must_name_leases_alike(host: Callable[..., Open], stora
             pass
     rule = storage / ".lockfs" / "naming"
     assert "key=inode" in rule.read_text()
-    with pytest.raises(MountError, match="remove .*/.lockfs/naming"):
+    with pytest.raises(MountError, match=r"remove .*/\.lockfs/naming"):
         async with host()("host-a"):
             pass
     rule.unlink()

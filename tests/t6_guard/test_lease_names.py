@@ -75,7 +75,7 @@ def test_a_map_names_leases_and_all_hosts_must_have_the_same(
             one.call("open", a / name, os.O_RDWR)
     assert leases(storage) == {"vm2-disk", "from-attribute", f"i-{(storage / 'plain').stat().st_ino:x}"}
     expect_log("are named in another way than this mount would")
-    with pytest.raises(MountFailed, match="lease_map: .*, not none"):
+    with pytest.raises(MountFailed, match=r"lease_map: .*, not none"):
         host_b.mount(storage, tmp_path / "b", OPTIONS)
     given.write_text("both from-map\n# in another order\nsub/mapped vm2-disk\n")
     b = host_b.mount(storage, tmp_path / "b", f"{OPTIONS},lease_map={given}")
