@@ -79,7 +79,7 @@ class Lockspace:
         self.wanted = wanted
         self.members: list[Member] = []
         self.area: AreaIO | None = None
-        self.renewal = Renewal(called=False)
+        self.renewal = Renewal()
         self.deadline = Deadline.create()
         self._place = place
         self._clock = clock
