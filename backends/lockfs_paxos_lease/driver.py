@@ -50,9 +50,14 @@ async def run(operation: Operation[T], areas: Mapping[Area, AreaIO]) -> T:
                     course.go_on()
                 case Read(area) | Write(area):
                     await areas[area].lane.series(_Series(course))
-        return course.results[0]
+    except trio.Cancelled:
+        course.close()
+        if not course.results:
+            raise
+        # A thread has ended it before it could be given up.
     finally:
         course.close()
+    return course.results[0]
 
 
 async def _settle(course: _Course[T], area: AreaIO, timeout: float) -> None:
