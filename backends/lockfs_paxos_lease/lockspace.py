@@ -300,8 +300,9 @@ class Lockspace:
         await self._written(save)
 
     async def _written(self, work: Callable[[], None]) -> None:
+        # Not in a thread: the run directory lies in memory, and a thread's turn takes longer than that.
         try:
-            await trio.to_thread.run_sync(work)
+            work()
         except OSError as error:
             raise StorageTrouble(-(error.errno or 0), f"cannot note what this host holds: {error}") from error
 

@@ -19,6 +19,9 @@ from lockfs_paxos_lease.disk.file import RawFile, Storage
 from lockfs_paxos_lease.disk.lane import Lane, Overdue
 from lockfs_paxos_lease.engine.actions import Clock, DiskError, IOFailed, IOTimeout, NotIssued
 
+CLOSE_TIMEOUT = 1.0
+"""Seconds to wait for a thread that closes a file."""
+
 T = TypeVar("T")
 
 
@@ -121,9 +124,11 @@ class AreaIO:
         """Close the file as soon as nothing hangs in it.  The area is used no more."""
         if self._use.close():
             try:
-                await self.lane.call(self._file.close, 1.0)
-            except (Overdue, OSError):
-                pass  # the descriptor is gone, or goes when the thread comes back
+                await self.lane.soon(self._file.close, CLOSE_TIMEOUT)
+            except BaseException as error:
+                trio.lowlevel.start_thread_soon(self._file.close, lambda _: None)
+                if not isinstance(error, Overdue):
+                    raise
 
     async def _call(self, what: str, work: Callable[[], T], timeout: float, *, writes: bool) -> T:
         self._begin(what, writes)

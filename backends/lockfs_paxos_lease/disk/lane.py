@@ -141,6 +141,25 @@ class Lane:
             return result
         raise Overdue(begun, timeout)
 
+    async def soon(self, work: Callable[[], object], timeout: float) -> None:
+        """Have *work* done in a thread, and do not wait for that; only for a thread, as long as *timeout*."""
+        me, token = object(), trio.lowlevel.current_trio_token()
+        try:
+            self._limiter.acquire_on_behalf_of_nowait(me)
+        except trio.WouldBlock:
+            with trio.move_on_after(timeout) as scope:
+                await self._limiter.acquire_on_behalf_of(me)
+            if scope.cancelled_caught:
+                raise Overdue(False, timeout) from None
+
+        def deliver(_: object) -> None:
+            try:
+                token.run_sync_soon(self._limiter.release_on_behalf_of, me)
+            except trio.RunFinishedError:
+                pass  # nobody is left who could want it
+
+        trio.lowlevel.start_thread_soon(work, deliver)
+
     async def series(self, series: Series) -> bool:
         """Run a series in a thread, or raise what it raises.  Return False if a call in it was abandoned as overdue.
 
