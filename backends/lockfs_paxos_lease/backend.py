@@ -42,6 +42,7 @@ from lockfs_paxos_lease.naming import lease_name
 from lockfs_paxos_lease.options import LIBVIRT
 from lockfs_paxos_lease.place import Place, hosts_of
 from lockfs_paxos_lease.san.volume import LeaseVolume
+from lockfs_paxos_lease.writeback import wait_for_write_back
 
 CARD_TIMEOUT = 2.0
 """Seconds for a card, on which nothing depends."""
@@ -62,7 +63,10 @@ class _Held:
     mode: Mode
     grant: Grant | None = None
     lost: bool = False
+    stopped: bool = False
+    """It is lost, and nobody can write by it any more."""
     fenced: bool = False
+    """And nothing that was written by it can still get to the storage, as far as a watchdog is to see to that."""
 
 
 class PaxosBackend:
@@ -271,6 +275,8 @@ class PaxosBackend:
     async def release(self, grant: Grant) -> None:
         """Give the lease back."""
         held = self._of(grant)
+        if held.lost:
+            self._be_rid_of(held)
         with trio.CancelScope(shield=True), explained(f"unlock {text.from_bytes(grant.image.path)}", held.area.where):
             await self._card(lambda: self._cards.remove(grant.image.ino))
             try:
@@ -376,7 +382,7 @@ class PaxosBackend:
         name = self._name(grant.image)
         held = self._held.get(name)
         if held is not None and held.grant is grant and held.lost:
-            held.fenced = True
+            self._be_rid_of(held)
         joined = self._joined
         if name in joined.unfenced:
             joined.unfenced.discard(name)
@@ -389,6 +395,23 @@ class PaxosBackend:
     def at_stake(self) -> bool:
         """True while there is a lease in use that is not both lost and fenced."""
         return any(not held.fenced for held in self._held.values())
+
+    def _be_rid_of(self, held: _Held) -> None:
+        """Nobody can write by a lost grant any more: with a watchdog, wait until what was written is on the storage."""
+        if held.stopped or held.grant is None:
+            return
+        held.stopped, joined = True, self._joined
+        if not joined.watchdog_path:
+            held.fenced = True
+            return
+
+        def written() -> None:
+            held.fenced = True
+            joined.unwritten -= 1
+
+        image = held.grant.image
+        joined.unwritten += 1
+        wait_for_write_back(image.fd, text.from_bytes(image.path), written)
 
     def lose(self, reason: str) -> None:
         """Tell all grants lost, each once."""

@@ -95,6 +95,8 @@ class Lockspace:
         """What the last lockd of this incarnation had, and nobody has taken up; and what could not be given back."""
         self.unfenced: set[str] = set()
         """What was to be adopted and is lost, while those who went by it are yet to be fenced."""
+        self.unwritten = 0
+        """Grants that were lost, and of which something may still be in this host's memory; counted with a watchdog."""
         self.inherited = False
         """True from when all that the last lockd had, and is still in use, has been taken up."""
         self.watchdog_path = watchdog_path
@@ -284,8 +286,8 @@ class Lockspace:
 
     @property
     def _unanswered(self) -> bool:
-        """True while somebody may write by what this lockd has not granted, and cannot fence alone."""
-        return bool(self.unfenced) or bool(self.left and not self.inherited)
+        """True while something may be written by what this lockd has not granted, or has lost, and cannot fence."""
+        return bool(self.unfenced or self.unwritten) or bool(self.left and not self.inherited)
 
     async def _save(self, membership: Membership) -> None:
         """Write down who this host is now, and nothing of what an earlier incarnation held."""
@@ -321,7 +323,7 @@ class Lockspace:
                 failing = True
                 continue
             self._move_deadline(membership)
-            if self._watchdog is not None:
+            if self._watchdog is not None and not self.unwritten:
                 self._on_watchdog(partial(self._watchdog.renewed, self._clock() - membership.last_success))
             try:
                 await self._save(membership)

@@ -53,8 +53,10 @@ class Faulty:
             wait_until(lambda: not mounts.umount(self.path), PATIENCE, f"{self.path} is not in use")
         except TimeoutError:
             mounts.umount(self.path, lazy=True)
+            self._server.terminate()
             raise
         finally:
-            self._server.kill() if self._server.poll() is None and mounts.is_mounted(self.path) else None
             with self._server:
+                assert self._server.stdin is not None
+                self._server.stdin.close()
                 self._server.wait(PATIENCE)

@@ -2,7 +2,7 @@
 
 ``python faulty_server.py DIRECTORY MOUNTPOINT`` mounts it, says "ready", and serves until it is unmounted.  Each line
 of its input says from then on how the path is: ``fine``, ``stall``, ``stall SECONDS`` (calls fail after that time, as
-those of a path that gives up), ``fail``, ``tear`` (of what is written only the first part is, and the call fails) or
+those of a path that gives up), ``fail``, ``tear`` (of what is written only the first sectors are, and the call fails) or
 ``delay SECONDS``; what was under way when it was ``fine`` again is done.  It answers each with a line.
 
 The page cache of this path keeps what is written to it until it is flushed, as that of a network filesystem does, and
@@ -22,7 +22,7 @@ import pyfuse3
 import trio
 
 T = TypeVar("T")
-_ANY = pyfuse3.ROOT_INODE
+SECTOR = 512
 
 
 class Path:
@@ -67,7 +67,7 @@ class View(pyfuse3.Operations):
     def __init__(self, directory: str) -> None:
         super().__init__()
         self.path = Path()
-        self._fds = {_ANY: os.open(directory, os.O_PATH | os.O_DIRECTORY)}
+        self._fds = {pyfuse3.ROOT_INODE: os.open(directory, os.O_PATH | os.O_DIRECTORY)}
         self._listings: dict[int, list[str]] = {}
 
     def _at(self, inode: int) -> str:
@@ -143,7 +143,7 @@ class View(pyfuse3.Operations):
         return await self.path.call(lambda: os.pread(fh, size, off))
 
     async def write(self, fh: int, off: int, buf: bytes) -> int:
-        return await self.path.call(lambda: os.pwrite(fh, buf, off), lambda: os.pwrite(fh, buf[: len(buf) // 2], off))
+        return await self.path.call(lambda: os.pwrite(fh, buf, off), lambda: os.pwrite(fh, buf[: len(buf) // 2 // SECTOR * SECTOR], off))
 
     async def fsync(self, fh: int, datasync: bool) -> None:
         await self.path.call(lambda: os.fdatasync(fh))
@@ -156,7 +156,7 @@ class View(pyfuse3.Operations):
 
     async def statfs(self, ctx: Any) -> pyfuse3.StatvfsData:
         def work() -> pyfuse3.StatvfsData:
-            there, found = os.statvfs(self._fds[_ANY]), pyfuse3.StatvfsData()
+            there, found = os.statvfs(self._fds[pyfuse3.ROOT_INODE]), pyfuse3.StatvfsData()
             for name in ("f_bsize", "f_frsize", "f_blocks", "f_bfree", "f_bavail", "f_files", "f_ffree", "f_favail", "f_namemax"):
                 setattr(found, name, getattr(there, name))
             return found
@@ -192,6 +192,7 @@ async def main(directory: str, mountpoint: str) -> None:
     async with trio.open_nursery() as nursery:
         nursery.start_soon(obey)
         await pyfuse3.main()
+        pyfuse3.close(unmount=False)
         nursery.cancel_scope.cancel()
 
 
