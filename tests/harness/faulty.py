@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -25,7 +23,6 @@ class Faulty:
             [sys.executable, SERVER, directory, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         self._await("ready")
-        self.device = os.stat(path).st_dev
 
     def be(self, how: str) -> None:
         """Be as *how* says."""
@@ -41,9 +38,9 @@ class Faulty:
 
     def lose_memory(self) -> None:
         """Have all that this host has not written yet be gone, as when the host is reset."""
-        self._server.send_signal(signal.SIGKILL)
-        minor = os.minor(self.device)
-        Path(f"/sys/fs/fuse/connections/{minor}/abort").write_text("1")
+        # The kernel gives up a connection whose server is gone, and with it all that waits to be written by it.
+        self._server.kill()
+        self._server.wait(PATIENCE)
 
     def close(self) -> None:
         """Unmount, as soon as daemons that are ending have let go.  Raises OSError if that does not happen."""

@@ -17,6 +17,8 @@ import time
 BLOCK = 4096
 BLOCKS = 16
 MARK = b"A"
+PAUSE = 0.02
+"""Seconds between two writes: what is tested is not how much the storage can take."""
 
 
 def watch(fd: int) -> None:
@@ -36,7 +38,8 @@ def write(fd: int, buffer: mmap.mmap) -> None:
         try:
             os.pwritev(fd, [buffer], number * BLOCK)
         except OSError:
-            time.sleep(0.01)
+            pass
+        time.sleep(PAUSE)
 
 
 def main(path: str, how: str) -> None:

@@ -50,6 +50,7 @@ class Case:
     watchdog: bool = False
     stays: bool = True
     storage: Path = Path()
+    image_of_a: Path = Path()
     path: Faulty = field(init=False)
     writer: subprocess.Popen[str] = field(init=False)
     fenced: float = 0.0
@@ -113,7 +114,7 @@ async def test_who_cannot_reach_the_storage_is_fenced_before_others_have_what_it
     for pattern in ("could not be renewed", "is to be fenced", "lost the lock o[nf]", "fenced .*: its handles fail"):
         expect_log(pattern)
     expect_log("is slow|cannot join|has not answered|not be given back|could not give back|lockd is gone|unlock|cannot "
-               "note|cannot look|still joining|daemon of .* does not|was killed|looking|storage of", optional=True)  # fmt: skip
+               "note|cannot look|still joining|lockd stops while|daemon of .* does not|was killed|looking|storage of", optional=True)  # fmt: skip
     device, resets = stand_in
     watched = make_host("host-w", **device.variables)
     host = make_host("host-a")
@@ -123,11 +124,14 @@ async def test_who_cannot_reach_the_storage_is_fenced_before_others_have_what_it
             mount = on.mount(
                 case.path.path, tmp_path / f"mnt-{case.storage.name}", f"backend=paxos-lease,takeover={TAKEOVER:g},data={case.data}{more}"
             )
-            command = [sys.executable, PROGRAM, mount / "img", case.writes]
+            case.image_of_a = mount / "img"
+        for case in made:
+            command = [sys.executable, PROGRAM, case.image_of_a, case.writes]
             case.writer = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-            assert said(case) == "ready"
             if case.watchdog:
                 resets["host-w"] = lambda case=case: reset(watched, case)
+        for case in made:
+            assert said(case) == "ready"
         async with trio.open_nursery() as nursery:
             for case in made:
                 nursery.start_soon(other_host, case, tmp_path / "run")
