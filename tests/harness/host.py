@@ -82,6 +82,7 @@ class Host:
             **os.environ,
             "LOCKFS_RUN_DIR": str(self.run_dir),
             "LOCKFS_HOST": self.name,
+            "LOCKFS_CONFIG": os.devnull,  # not that of this machine
             "LOCKFS_LOG": "file",
             "LOCKFS_IDLE_EXIT": "1",
             # A descriptor that is dropped instead of closed becomes a warning, hence a failure, in the log.
