@@ -134,12 +134,12 @@ class _Series(Generic[T]):
         course, more = self._course, True
         while more:
             with _engine:
-                if course.turn != self._turn:
+                action = self._action
+                if course.turn != self._turn or action is None:
                     return
-                self._begun, action = True, self._action
-            if action is None:
-                return
-            result, failure = self._do(action)
+                # In one step with the look at the turn: who gives it up must see that it is under way.
+                self._begun, refusal = True, self._begin(action)
+            result, failure = (None, refusal) if refusal else self._do(action)
             with _engine:
                 if course.turn != self._turn:
                     return
@@ -147,8 +147,15 @@ class _Series(Generic[T]):
                 course.step(result, failure)
                 more = not course.results and self._expect(course.action)
 
+    def _begin(self, action: Read | Write) -> DiskError | None:
+        try:
+            self._area(action).begin(_what(action), writes=isinstance(action, Write))
+        except DiskError as error:
+            return error
+        return None
+
     def _do(self, action: Read | Write) -> tuple[bytes | None, DiskError | None]:
-        area = self._course.areas[action.area]
+        area = self._area(action)
         try:
             if isinstance(action, Read):
                 return area.read_now(action.offset, action.length), None
@@ -165,9 +172,12 @@ class _Series(Generic[T]):
             if course.turn != self._turn or action is None or time.monotonic() < self._until:
                 return False
             course.turn += 1
-            what = "read" if isinstance(action, Read) else "write"
             overdue = Overdue(self._begun, action.timeout)
-            error = course.areas[action.area].overdue(what, overdue)
+            error = self._area(action).overdue(_what(action), overdue)
             error.__cause__ = overdue
             course.step(None, error)
             return True
+
+
+def _what(action: Read | Write) -> str:
+    return "read" if isinstance(action, Read) else "write"

@@ -92,15 +92,16 @@ class Pair:
 
 @pytest.fixture
 def pair(make_host: Callable[..., Host], tmp_path: Path, expect_log: Callable[..., None]) -> Iterator[Callable[..., Pair]]:
-    """Make pairs of hosts."""
+    """Make pairs of hosts; the second is the same one in all."""
     expect_log("lockd is gone|is slow|could not be renewed|still joining", optional=True)
     made: list[Pair] = []
+    other = make_host("host-b")
 
     def make(takeover: float, *prefix: str) -> Pair:
         top = tmp_path / f"pair{len(made)}"
         (top / "storage").mkdir(parents=True)
         number = len(made)
-        made.append(Pair(takeover, make_host(f"a{number}"), make_host(f"b{number}"), top / "storage"))
+        made.append(Pair(takeover, make_host(f"a{number}"), other, top / "storage"))
         made[-1].a.prefix = prefix
         made[-1].set_up(top)
         return made[-1]

@@ -96,7 +96,7 @@ class AreaIO:
         return await self._call("read", lambda: self._file.read(self._start + offset, length), timeout, writes=False)
 
     def read_now(self, offset: int, length: int) -> bytes:
-        """Return *length* bytes, however long that takes; in a thread.  Raises `IOFailed`."""
+        """Return *length* bytes, however long that takes; in a thread, after `begin`.  Raises `IOFailed`."""
         return self._now("read", lambda: self._file.read(self._start + offset, length), writes=False)
 
     async def write(self, offset: int, data: bytes, timeout: float, not_after: float) -> None:
@@ -104,7 +104,7 @@ class AreaIO:
         await self._call("write", lambda: self._write(offset, data, not_after), timeout, writes=True)
 
     def write_now(self, offset: int, data: bytes, not_after: float) -> None:
-        """Do what `write` does, however long that takes; in a thread.  Raises `IOFailed`, `NotIssued`."""
+        """Do what `write` does, however long it takes; in a thread, after `begin`.  Raises `IOFailed`, `NotIssued`."""
         self._now("write", lambda: self._write(offset, data, not_after), writes=True)
 
     def _write(self, offset: int, data: bytes, not_after: float) -> None:
@@ -131,7 +131,7 @@ class AreaIO:
                     raise
 
     async def _call(self, what: str, work: Callable[[], T], timeout: float, *, writes: bool) -> T:
-        self._begin(what, writes)
+        self.begin(what, writes=writes)
         try:
             return await self.lane.call(work, timeout, ended=lambda: self._use.end(writes))
         except Overdue as error:
@@ -140,7 +140,6 @@ class AreaIO:
             raise self._failed(what, error) from error
 
     def _now(self, what: str, work: Callable[[], T], *, writes: bool) -> T:
-        self._begin(what, writes)
         try:
             return work()
         except OSError as error:
@@ -148,7 +147,8 @@ class AreaIO:
         finally:
             self._use.end(writes)
 
-    def _begin(self, what: str, writes: bool) -> None:
+    def begin(self, what: str, *, writes: bool) -> None:
+        """Count a call that is about to be made with `read_now` or `write_now`.  Raises `IOFailed`: it must not be."""
         if not self._use.begin(writes):
             raise IOFailed(f"{self.where}: cannot {what}: it was closed")
 
