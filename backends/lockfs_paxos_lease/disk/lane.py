@@ -20,6 +20,9 @@ import trio
 if TYPE_CHECKING:
     from outcome import Outcome
 
+LOOK = 0.25
+"""Seconds between two looks at a series: a call in it may have less time than the one before had left."""
+
 T = TypeVar("T")
 
 
@@ -192,7 +195,7 @@ class Lane:
             self._limiter.release_on_behalf_of(me)
             raise
         while not results:
-            with trio.move_on_after(series.left()):
+            with trio.move_on_after(min(series.left(), LOOK)):
                 await ended.wait()
             if not results and series.abandon():
                 return False
