@@ -37,6 +37,7 @@ from lockfs_paxos_lease.lockspace import Lockspace
 from lockfs_paxos_lease.naming import Naming
 from lockfs_paxos_lease.people import People
 from lockfs_paxos_lease.settings import Settings
+from lockfs_paxos_lease.writeback import wait_for_write_back
 
 ATTEMPTS = 4
 """How often a lease is taken again because, meanwhile, the image has got another one, or the lease another place."""
@@ -255,6 +256,8 @@ class PaxosBackend:
     async def release(self, grant: Grant) -> None:
         """Give the lease back."""
         joined, held = self._joined, self._of(grant)
+        if held.lost:
+            self._be_rid_of(held)
         with trio.CancelScope(shield=True), explained(f"unlock {text.from_bytes(grant.image.path)}", held.area.where):
             await self._people.forget(grant.image)
             try:
@@ -318,7 +321,7 @@ class PaxosBackend:
         """
         held = self._in_use.of(grant)
         if held is not None and held.lost:
-            held.fenced = True
+            self._be_rid_of(held)
         joined = self._joined
         name = self._unfenced.pop((grant.image.dev, grant.image.ino), None)
         if name is not None:
@@ -332,6 +335,23 @@ class PaxosBackend:
     def at_stake(self) -> bool:
         """True while there is a lease in use that is not both lost and fenced."""
         return any(not held.fenced for held in self._in_use.all())
+
+    def _be_rid_of(self, held: Held) -> None:
+        """Nobody can write by a lost grant any more: with a watchdog, wait until what was written is on the storage."""
+        if held.stopped or held.grant is None:
+            return
+        held.stopped, joined = True, self._joined
+        if not joined.watchdog_path:
+            held.fenced = True
+            return
+
+        def written() -> None:
+            held.fenced = True
+            joined.unwritten -= 1
+
+        image = held.grant.image
+        joined.unwritten += 1
+        wait_for_write_back(image.fd, text.from_bytes(image.path), written)
 
     def lose(self, reason: str) -> None:
         """Tell all grants lost, each once."""

@@ -29,7 +29,8 @@ TIDY_TIMEOUT = 8.0
 
 @dataclass(slots=True, eq=False)
 class Held:
-    """One lease.  `lost`: its grant was told lost; `fenced`: and nobody can write under it any more.
+    """One lease.  `lost`: its grant was told lost; `stopped`: and nobody can write by it any more; `fenced`: and what
+    was written by it cannot get to the storage any more, as far as a watchdog is to see to that.
 
     `asked` is the last version for which somebody has asked us to let go of it.
     """
@@ -40,6 +41,7 @@ class Held:
     mode: Mode
     grant: Grant | None = None
     lost: bool = False
+    stopped: bool = False
     fenced: bool = False
     asked: int = 0
 

@@ -100,6 +100,8 @@ class Lockspace:
         self.unfenced: set[str] = set()
         """What was to be adopted and is lost, while those who went by it are yet to be fenced."""
         self._names: dict[tuple[int, int], str] = {}
+        self.unwritten = 0
+        """Grants that were lost, and of which something may still be in this host's memory; counted with a watchdog."""
         self.inherited = False
         """True from when all that the last lockd had, and is still in use, has been taken up."""
         self.watchdog_path = watchdog_path
@@ -290,8 +292,8 @@ class Lockspace:
 
     @property
     def _unanswered(self) -> bool:
-        """True while somebody may write by what this lockd has not granted, and cannot fence alone."""
-        return bool(self.unfenced) or bool(self.left and not self.inherited)
+        """True while something may be written by what this lockd has not granted, or has lost, and cannot fence."""
+        return bool(self.unfenced or self.unwritten) or bool(self.left and not self.inherited)
 
     async def _save(self, membership: Membership) -> None:
         """Write down who this host is now, and nothing of what an earlier incarnation held."""
@@ -306,8 +308,9 @@ class Lockspace:
         await self._written(save)
 
     async def _written(self, work: Callable[[], None]) -> None:
+        # Not in a thread: the run directory lies in memory, and a thread's turn takes longer than that.
         try:
-            await trio.to_thread.run_sync(work)
+            work()
         except OSError as error:
             raise StorageTrouble(-(error.errno or 0), f"cannot note what this host holds: {error}") from error
 
@@ -326,7 +329,7 @@ class Lockspace:
                 failing = True
                 continue
             self._move_deadline(membership)
-            if self._watchdog is not None:
+            if self._watchdog is not None and not self.unwritten:
                 self._on_watchdog(partial(self._watchdog.renewed, self._clock() - membership.last_success))
             try:
                 await self._save(membership)
