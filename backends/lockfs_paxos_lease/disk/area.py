@@ -91,6 +91,11 @@ class AreaIO:
         self._start = start
         self._use = _Use(file.close)
 
+    @property
+    def identity(self) -> tuple[int, int]:
+        """Device and inode number of the file that it lies in."""
+        return self._file.identity
+
     async def read(self, offset: int, length: int, timeout: float) -> bytes:
         """Return *length* bytes.  Raises `IOFailed` and `IOTimeout`."""
         return await self._call("read", lambda: self._file.read(self._start + offset, length), timeout, writes=False)

@@ -30,11 +30,12 @@ MAX_NAME = 47
 """sanlock writes at most so many bytes of a host name, and a zero."""
 CLAIM = 1
 """In `Leader.unused1` of a delta record: the claim of a host that has not joined yet."""
-_FULL_LOOK = 16
-"""Every so many renewals the whole lockspace is read, otherwise only as far as host ids were seen in use."""
 _PAGE = 4096
 _CALL = 6
 """A bit in the bitmap stays for so many times `io_timeout`."""
+_FULL_LOOK = 5
+"""Every so many renewals the whole lockspace is read, otherwise only as far as host ids were seen in use: so that each
+comes while a bit stays, for it may be a host that was not known before that calls.  sanlock reads all each time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -308,7 +309,7 @@ class Membership:
         """Return how much of the lockspace to read: all of it now and then, otherwise as far as it is in use."""
         size = self.geometry.sector
         everything = self.geometry.max_hosts * size
-        if self._looks % _FULL_LOOK:
+        if not self.timing.is_sanlock and self._looks % _FULL_LOOK:
             highest = max([self.host_id, *self.hosts.known()[-1:]])
             everything = min(everything, highest * size)
         return min(-(-everything // _PAGE) * _PAGE, self.geometry.align)
