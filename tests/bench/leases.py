@@ -255,6 +255,10 @@ class _Counted:
     path: str
     calls: list[tuple[str, str, int]]
 
+    @property
+    def identity(self) -> tuple[int, int]:
+        return self.below.identity
+
     def read(self, offset: int, length: int) -> bytes:
         self.calls.append(("read", self.path, length))
         return self.below.read(offset, length)
