@@ -41,6 +41,8 @@ SANLOCK_ID = 2
 REGISTERED = (2, 64, 2000)
 PYTHON = "/usr/bin/python3"
 BINDING = Path(__file__).with_name("sanlock_binding.py")
+WARM = 60
+"""Leases taken and given back before memory is measured: by then the daemon has what it needs for any number."""
 WATCHED = 6.0
 """Seconds for which the I/O of renewals is counted, at one renewal each half a second."""
 
@@ -310,8 +312,10 @@ async def memory(top: Path, held: int) -> None:
     leases = source / ".lockfs" / "leases"
     with sanlock(top / "memory") as daemon:
         async with lockd(top / "keeps", source, SANLOCK) as ours:
-            for number in range(held // 10):
-                os.close(await ours.acquire(f"warm-{number}"))
+            for number in range(WARM):
+                fd = await ours.acquire(f"warm-{number}")
+                await ours.release(fd)
+                os.close(fd)
             before = ours.pss()
             fds = [await ours.acquire(f"image-{number}") for number in range(held)]
             grown = (ours.pss() - before) / held
