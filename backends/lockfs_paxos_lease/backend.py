@@ -37,7 +37,6 @@ from lockfs_paxos_lease.lockspace import Lockspace
 from lockfs_paxos_lease.naming import Naming
 from lockfs_paxos_lease.people import People
 from lockfs_paxos_lease.settings import Settings
-from lockfs_paxos_lease.writeback import wait_for_write_back
 
 ATTEMPTS = 4
 """How often a lease is taken again because, meanwhile, the image has got another one, or the lease another place."""
@@ -257,7 +256,7 @@ class PaxosBackend:
         """Give the lease back."""
         joined, held = self._joined, self._of(grant)
         if held.lost:
-            self._be_rid_of(held)
+            self._in_use.stopped(joined, held)
         with trio.CancelScope(shield=True), explained(f"unlock {text.from_bytes(grant.image.path)}", held.area.where):
             await self._people.forget(grant.image)
             try:
@@ -319,10 +318,9 @@ class PaxosBackend:
         What is left on the disk of one that could not be adopted is given back now; where the storage does not let us,
         `mend` does it.
         """
-        held = self._in_use.of(grant)
+        joined, held = self._joined, self._in_use.of(grant)
         if held is not None and held.lost:
-            self._be_rid_of(held)
-        joined = self._joined
+            self._in_use.stopped(joined, held)
         name = self._unfenced.pop((grant.image.dev, grant.image.ino), None)
         if name is not None:
             joined.unfenced.discard(name)
@@ -335,23 +333,6 @@ class PaxosBackend:
     def at_stake(self) -> bool:
         """True while there is a lease in use that is not both lost and fenced."""
         return any(not held.fenced for held in self._in_use.all())
-
-    def _be_rid_of(self, held: Held) -> None:
-        """Nobody can write by a lost grant any more: with a watchdog, wait until what was written is on the storage."""
-        if held.stopped or held.grant is None:
-            return
-        held.stopped, joined = True, self._joined
-        if not joined.watchdog_path:
-            held.fenced = True
-            return
-
-        def written() -> None:
-            held.fenced = True
-            joined.unwritten -= 1
-
-        image = held.grant.image
-        joined.unwritten += 1
-        wait_for_write_back(image.fd, text.from_bytes(image.path), written)
 
     def lose(self, reason: str) -> None:
         """Tell all grants lost, each once."""

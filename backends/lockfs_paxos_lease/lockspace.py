@@ -99,9 +99,9 @@ class Lockspace:
         """What the last lockd of this incarnation had, and nobody has taken up; and what could not be given back."""
         self.unfenced: set[str] = set()
         """What was to be adopted and is lost, while those who went by it are yet to be fenced."""
-        self._names: dict[tuple[int, int], str] = {}
         self.unwritten = 0
         """Grants that were lost, and of which something may still be in this host's memory; counted with a watchdog."""
+        self._names: dict[tuple[int, int], str] = {}
         self.inherited = False
         """True from when all that the last lockd had, and is still in use, has been taken up."""
         self.watchdog_path = watchdog_path

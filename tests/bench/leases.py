@@ -1,7 +1,8 @@
 """Leases against those of the sanlock daemon: both take and give back the same lease in turn, through their daemons.
 
-sanlock is asked through its Python binding, lockfs through lockd's socket; a raw engine without lockd stands beside it.
-Both work on one lease in one file, so that the storage is the same for both.  Nothing here passes or fails.
+sanlock is asked through its Python binding, lockfs through lockd's socket.  Both work on one lease in one file, so that
+the storage is the same for both; beside it stands lockfs on a lease of its own kind, which sanlock cannot use.
+Nothing here passes or fails.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from lockfs_paxos_lease.format.dblock import NONE, RELEASED, Dblock, encode_host
 from lockfs_paxos_lease.format.leader import Leader
 from lockfs_paxos_lease.format.size import Geometry
 from t3_backends.sanlock_daemon import Daemon
-from t3_backends.stations import Station, station
+from t3_backends.stations import station
 
 from lockfs.lockd.daemon import raise_descriptor_limit
 from lockfs.protocol import messages as m
@@ -40,6 +41,8 @@ SANLOCK_ID = 2
 REGISTERED = (2, 64, 2000)
 PYTHON = "/usr/bin/python3"
 BINDING = Path(__file__).with_name("sanlock_binding.py")
+WARM = 60
+"""Leases taken and given back before memory is measured: by then the daemon has what it needs for any number."""
 WATCHED = 6.0
 """Seconds for which the I/O of renewals is counted, at one renewal each half a second."""
 
@@ -191,51 +194,44 @@ class Times:
         self.release.append(release)
 
 
-async def bare_cycle(host: Station, backend: PaxosBackend, image: object) -> tuple[float, float]:
-    """Return the seconds of an acquire and of a release by a backend without lockd."""
-    from lockfs.backend import Image, Mode
-
-    assert isinstance(image, Image)
-    began = time.perf_counter()
-    grant = await backend.acquire(image, Mode.EXCLUSIVE, host.holder(Mode.EXCLUSIVE))
-    middle = time.perf_counter()
-    await backend.release(grant)
-    return middle - began, time.perf_counter() - middle
-
-
 async def alternate(top: Path, cycles: int) -> None:
     """Print the table of times."""
-    source = top / "same"
+    source, other = top / "same", top / "other"
     source.mkdir()
+    other.mkdir()
     leases = source / ".lockfs" / "leases"
+    print(
+        "| hosts registered | | sanlock | lockfs, same lease | ratio | lockfs, takeover=16 | ratio |\n"
+        "|---:|---|---:|---:|---:|---:|---:|"
+    )
     with sanlock(top):
-        async with lockd(top / "ours", source, SANLOCK) as ours:
-            fd = await ours.acquire("img")
+        async with lockd(top / "ours", source, SANLOCK) as ours, lockd(top / "plain", other, {}) as plain:
+            fd, plain_fd = await ours.acquire("img"), await plain.acquire("img")
             await ours.release(fd)
+            await plain.release(plain_fd)
             (lease,) = leases.glob("*.lease")
             space = Leader.decode((leases / "lockspace").read_bytes()).space_name.decode()
             theirs = Binding(space, leases, lease)
-            print(
-                "| hosts registered | sanlock: acquire | lockfs | ratio | sanlock: release | lockfs | ratio |\n"
-                "|---:|---:|---:|---:|---:|---:|---:|"
-            )
             for count in REGISTERED:
                 register(count, leases, lease)
                 await trio.sleep(5)  # both have seen them
-                found = {"sanlock": Times(), "lockfs": Times()}
+                times = [Times(), Times(), Times()]
                 for _ in range(cycles):
-                    found["sanlock"].add(*await trio.to_thread.run_sync(theirs.cycle))
-                    found["lockfs"].add(*await ours.cycle("img", fd))
-                print(f"| {count:,} | {row(found['sanlock'].acquire, found['lockfs'].acquire)}"
-                      f" | {row(found['sanlock'].release, found['lockfs'].release)} |", flush=True)  # fmt: skip
+                    times[0].add(*await trio.to_thread.run_sync(theirs.cycle))
+                    times[1].add(*await ours.cycle("img", fd))
+                    times[2].add(*await plain.cycle("img", plain_fd))
+                print(f"| {count:,} | acquire | {row(*(each.acquire for each in times))} |")
+                print(f"| | release | {row(*(each.release for each in times))} |", flush=True)
             theirs.close()
             os.close(fd)
+            os.close(plain_fd)
 
 
-def row(theirs: list[float], ours: list[float]) -> str:
-    """Return two medians and how they compare."""
-    one, other = statistics.median(theirs), statistics.median(ours)
-    return f"{one * 1e3:.2f} ms | {other * 1e3:.2f} ms | {other / one:.2f}"
+def row(theirs: list[float], *ours: list[float]) -> str:
+    """Return medians, and how those of ours compare with theirs."""
+    base = statistics.median(theirs)
+    others = [f"{statistics.median(each) * 1e3:.2f} ms | {statistics.median(each) / base:.2f}" for each in ours]
+    return " | ".join([f"{base * 1e3:.2f} ms", *others])
 
 
 class Counting:
@@ -254,6 +250,10 @@ class _Counted:
     below: RawFile
     path: str
     calls: list[tuple[str, str, int]]
+
+    @property
+    def identity(self) -> tuple[int, int]:
+        return self.below.identity
 
     def read(self, offset: int, length: int) -> bytes:
         self.calls.append(("read", self.path, length))
@@ -312,8 +312,10 @@ async def memory(top: Path, held: int) -> None:
     leases = source / ".lockfs" / "leases"
     with sanlock(top / "memory") as daemon:
         async with lockd(top / "keeps", source, SANLOCK) as ours:
-            for number in range(held // 10):
-                os.close(await ours.acquire(f"warm-{number}"))
+            for number in range(WARM):
+                fd = await ours.acquire(f"warm-{number}")
+                await ours.release(fd)
+                os.close(fd)
             before = ours.pss()
             fds = [await ours.acquire(f"image-{number}") for number in range(held)]
             grown = (ours.pss() - before) / held
