@@ -23,6 +23,7 @@ import trio
 from lockfs.backend import Mode
 from lockfs.errors import LockfsError, LockUnavailable
 from lockfs.fs.handover import Held, in_messages
+from lockfs.fs.vigil import Vigil
 from lockfs.linux.closer import Closer
 from lockfs.linux.deadline import Deadline
 from lockfs.protocol import messages
@@ -74,6 +75,7 @@ class LockdSession:
         self._heed: Callable[[int], None] | None = None
         self._up, self._down = trio.Event(), trio.Event()
         self._ended = False
+        self._vigil = Vigil(run_dir)
         self._closer = Closer(mount.mountpoint)
 
     @classmethod
@@ -321,6 +323,18 @@ class LockdSession:
 
         Started when orders arrive.
         """
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._vigil.keep)
+            await self._follow(mountpoint, obey, held, task_status)
+            nursery.cancel_scope.cancel()
+
+    async def _follow(
+        self,
+        mountpoint: str,
+        obey: Callable[[messages.Order], None],
+        held: Callable[[], list[Held]],
+        task_status: trio.TaskStatus[None],
+    ) -> None:
         started = False
         while True:
             async with trio.open_nursery() as nursery:
@@ -407,6 +421,7 @@ class LockdSession:
                 listening = True
                 task_status.started()
                 async for order in orders:
+                    self._vigil.heard()
                     obey(order)
                     await client.call(messages.Obeyed(self._mount_id, order.serial), messages.Noted)
         except LockUnavailable:  # the life line tells
