@@ -208,7 +208,7 @@ def test_a_host_that_was_rebooted_is_back_soon_and_its_old_leases_are_free(
         b.call("acquire")
 
 
-@pytest.mark.skipif(not os.environ.get("LOCKFS_LONG"), reason="takes long: LOCKFS_LONG=1")
+@pytest.mark.long
 def test_a_mount_does_not_wait_for_a_join_that_the_rules_delay(start: Start) -> None:
     begin = time.monotonic()
     a = start("host-a", takeover="sanlock", io_timeout="10")
