@@ -106,6 +106,9 @@ OPTIONS: Sequence[Option] = (
            "programs whose opens for write take the lock at their first write only"),
     Option("orphans", one_of("keep", "kill"), "keep", "keep|kill",
            "processes that can still write when all daemons have died: keep others out until they end, or kill them"),
+    Option("onloss", one_of("fence", "kill"), "fence", "fence|kill",
+           "when the lock of an image is lost: every I/O on what is open of it fails, and with kill those who have it "
+           "open for writing are killed, too"),
 )  # fmt: skip
 
 

@@ -10,11 +10,12 @@ from collections.abc import Callable, Sequence
 from pyfuse3 import EntryAttributes, RequestContext
 
 from lockfs.fs import source
-from lockfs.fs.base import Base, Parts, replies
+from lockfs.fs.base import Base, Parts, replies, replies_at_once
 from lockfs.fs.guard import Hold
 from lockfs.fs.journal.effects import Effect
 from lockfs.fs.nodes import Node
 from lockfs.fs.source import Found, apply_umask
+from lockfs.kernel.wire import Attributes
 from lockfs.linux import files
 from lockfs.protocol.messages import Owner
 
@@ -37,9 +38,7 @@ class NameOperations(Base):
         """Find a name; ``.`` and ``..`` come from file servers that look for a lost inode."""
         parent = self.nodes.get(parent_inode)
         if name in (b".", b".."):
-            if name == b"." and parent.id in self.doubtful:
-                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
-            node = parent if name == b"." or parent.parent is None else parent.parent
+            node = self._dots(parent, name)
             with self.nodes.borrow(node) as fd:
                 status = await self.work.short(ctx, os.fstat, fd)
             self.nodes.count(node)
@@ -48,6 +47,26 @@ class NameOperations(Base):
         with self.nodes.borrow(parent) as directory:
             found = await self.work.short(ctx, source.find, directory, name)
         return self.enter(found, parent, name)
+
+    @replies_at_once
+    def lookup_at_once(self, parent_inode: int, name: bytes) -> Attributes:
+        """Do as `lookup`, on storage that answers at once."""
+        parent = self.nodes.get(parent_inode)
+        if name in (b".", b".."):
+            node = self._dots(parent, name)
+            stat = os.fstat(self.nodes.fd(node))
+            self.nodes.count(node)
+        else:
+            self.visible(parent, name)
+            found = source.find(self.nodes.fd(parent), name)
+            stat = found.stat
+            node = self.nodes.adopt(found, parent, name)
+        return self.known(node, stat)
+
+    def _dots(self, parent: Node, name: bytes) -> Node:
+        if name == b"." and parent.id in self.doubtful:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return parent if name == b"." or parent.parent is None else parent.parent
 
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
         """Take back lookups."""
