@@ -28,7 +28,7 @@ from lockfs.linux.closer import Closer
 from lockfs.linux.deadline import Deadline
 from lockfs.protocol import messages
 from lockfs.protocol.client import LockdClient
-from lockfs.protocol.errors import LockdGone, NotHeld
+from lockfs.protocol.errors import InvalidCall, LockdGone, NotHeld
 from lockfs.protocol.messages import Owner
 from lockfs.protocol.wire import MAX_FDS, close_all
 from lockfs.steps import step
@@ -192,7 +192,10 @@ class LockdSession:
         found: dict[int, int] = {}
         while True:
             call = messages.Fetch(self._mount_id, max(found, default=0))
-            fetched, fds = await self._client.call(call, messages.Fetched)
+            try:
+                fetched, fds = await self._client.call(call, messages.Fetched)
+            except InvalidCall:
+                return found  # a lockd that runs on after an update may be of a version that keeps none
             found.update(zip(fetched.nodes, fds, strict=True))
             if not fetched.nodes:
                 return found
