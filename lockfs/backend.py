@@ -106,12 +106,15 @@ class Grant:
 
     `keep` lists descriptors that must stay open as long as the lock is wanted, for whoever shares in keeping it;
     they belong to the backend.  `token` grows with each change of holder, where the backend has such a number.
+    `forced` is set before the grant is told lost for the sake of somebody who may demand the image: then those who
+    have it open are ended, and not only fenced, so that it gets free.
     """
 
     image: Image
     mode: Mode
     token: int | None = None
     keep: Sequence[int] = ()
+    forced: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,18 +7,24 @@ the mount helper and the `lockfs` command speak alike; none is used for two thin
 from __future__ import annotations
 
 import errno
+from collections.abc import Mapping
 
 EXIT_OK = 0
 EXIT_USAGE = 1
-"""Wrong words on the command line, or missing rights (mount(8): incorrect invocation or permissions)."""
 EXIT_SYSTEM = 2
-"""Something that lockfs needs from the system is missing or failed (mount(8): system error)."""
 EXIT_HELD = 4
-"""`lockfs who` was asked with --check and the image is held."""
 EXIT_INTERRUPTED = 8
-"""A signal ended the command (mount(8): user interrupt)."""
 EXIT_MOUNT = 32
-"""The mount failed (mount(8): mount failure)."""
+
+EXIT_CODES: Mapping[int, str] = {
+    EXIT_OK: "success",
+    EXIT_USAGE: "wrong words on the command line, or missing rights",
+    EXIT_SYSTEM: "something that lockfs needs from the system is missing or failed",
+    EXIT_HELD: "lockfs who was asked with --check, and an image is held",
+    EXIT_INTERRUPTED: "a signal ended the command",
+    EXIT_MOUNT: "the mount failed",
+}
+"""What each says; mount(8) has the same ones, but for 4."""
 
 
 class LockfsError(Exception):

@@ -12,7 +12,7 @@ import difflib
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from lockfs import backend
 from lockfs import text as text_form
@@ -106,6 +106,9 @@ OPTIONS: Sequence[Option] = (
            "programs whose opens for write take the lock at their first write only"),
     Option("orphans", one_of("keep", "kill"), "keep", "keep|kill",
            "processes that can still write when all daemons have died: keep others out until they end, or kill them"),
+    Option("onloss", one_of("fence", "kill"), "fence", "fence|kill",
+           "when the lock of an image is lost: every I/O on what is open of it fails, and with kill those who have it "
+           "open for writing are killed, too"),
 )  # fmt: skip
 
 
@@ -126,6 +129,19 @@ class MountOptions:
     remount: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Defaults:
+    """What options are when a mount does not say: texts of lockfs's own, and of each backend's.
+
+    What is not in here has the default of its table.
+    """
+
+    options: Mapping[str, str] = field(default_factory=dict)
+    backends: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+
+NO_DEFAULTS = Defaults()
+
 VFS_FLAGS = frozenset((
     "ro", "rw", "suid", "nosuid", "dev", "nodev", "exec", "noexec", "symfollow", "nosymfollow",
     "atime", "noatime", "diratime", "nodiratime", "relatime", "norelatime", "strictatime", "nostrictatime",
@@ -144,8 +160,10 @@ KERNEL_FUSE = ("user_id=", "group_id=", "rootmode=", "fd=", "max_read=", "blksiz
 """What the kernel shows of a FUSE mount; mount(8) gives it back on a remount."""
 
 
-def parse(text: str, *, sloppy: bool = False) -> MountOptions:
+def parse(text: str, *, sloppy: bool = False, defaults: Defaults = NO_DEFAULTS) -> MountOptions:
     """Parse an ``-o`` string.  Of equal options the last wins; *sloppy* skips unknown ones (``mount -s``).
+
+    What of *defaults* is used counts as given.
 
     Raises `UsageError` for an unknown option, a bad value, and a backend that is not installed.
     """
@@ -161,9 +179,10 @@ def parse(text: str, *, sloppy: bool = False) -> MountOptions:
             words[name] = value if equals else None
     kernel = {name: _value(name, "LABEL", words.pop(name)) for name in SELINUX if name in words}
     own = _table(OPTIONS)
-    chosen = _value("backend", own["backend"].metavar, words.get("backend", own["backend"].default))
+    usual = defaults.options.get("backend", own["backend"].default)
+    chosen = _value("backend", own["backend"].metavar, words.get("backend", usual))
     of_backend = _table(backend.find(chosen).options)
-    given: dict[str, str] = {}
+    given: dict[str, str] = {**defaults.options, **defaults.backends.get(chosen, {})}
     for name, maybe in words.items():
         option = own.get(name) or of_backend.get(name)
         if option is not None:
@@ -198,13 +217,22 @@ def _value(name: str, metavar: str, value: str | None) -> str:
 def _parsed(table: Mapping[str, Option], given: Mapping[str, str]) -> dict[str, object]:
     values: dict[str, object] = {}
     for option in table.values():
-        value = given.get(option.name, option.default)
-        try:
-            values[option.name] = option.parse(value)
-        except ValueError as error:
-            what = f"option {option.name}={_shown(value)}"
-            raise UsageError(f"{what}: must be {error}", hint=f"{option.name}: {option.help}.") from None
+        values[option.name] = _parse_value(option, given.get(option.name, option.default))
     return values
+
+
+def _parse_value(option: Option, value: str) -> object:
+    try:
+        return option.parse(value)
+    except ValueError as error:
+        what = f"option {option.name}={_shown(value)}"
+        raise UsageError(f"{what}: must be {error}", hint=f"{option.name}: {option.help}.") from None
+
+
+def checked(option: Option, value: str) -> str:
+    """Return *value*, a text that *option* takes.  Raises `UsageError` if it does not."""
+    _parse_value(option, value)
+    return value
 
 
 def _unknown(name: str, known: Iterable[str], backend_name: str) -> UsageError:

@@ -11,58 +11,41 @@ Invariants:
 from __future__ import annotations
 
 import logging
-import os
-import random
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import TypeVar
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 
 import trio
 
 from lockfs import text
-from lockfs.backend import UNKNOWN_HOST, Busy, Context, Denied, Grant, GrantLost, Holder, Host, Image, Mode
-from lockfs.cards import Cards, with_holds
-from lockfs.errors import LockfsError, LockUnavailable, MountError
+from lockfs.backend import Busy, Context, Denied, Grant, GrantLost, Holder, Host, Image, Mode
+from lockfs.errors import LockfsError, LockUnavailable
 from lockfs.linux.deadline import Deadline
-from lockfs_paxos_lease import driver, identity, registry, viewing
-from lockfs_paxos_lease.directory import LeaseDirectory
-from lockfs_paxos_lease.disk.area import AreaIO
+from lockfs_paxos_lease import driver, identity, registry, rule, viewing
+from lockfs_paxos_lease.asking import Asked
+from lockfs_paxos_lease.chosen import ChosenPlace
 from lockfs_paxos_lease.disk.file import Disks, Storage
-from lockfs_paxos_lease.disk.lane import Lane, Overdue
+from lockfs_paxos_lease.disk.lane import Lane
 from lockfs_paxos_lease.engine import lease as engine
 from lockfs_paxos_lease.engine import requests
-from lockfs_paxos_lease.engine.errors import AGAIN, Clash, EngineError, Held
-from lockfs_paxos_lease.engine.membership import Membership
-from lockfs_paxos_lease.engine.timing import DEFAULT_IO_TIMEOUT, Timing
+from lockfs_paxos_lease.engine.errors import AGAIN, BadArea, Clash, EngineError
+from lockfs_paxos_lease.engine.errors import Held as HeldElsewhere
 from lockfs_paxos_lease.errors import explained
 from lockfs_paxos_lease.format.errors import Code
+from lockfs_paxos_lease.in_use import Held, LeasesInUse
 from lockfs_paxos_lease.late import LatePlace, Memory
 from lockfs_paxos_lease.lockspace import Lockspace
-from lockfs_paxos_lease.naming import lease_name
-from lockfs_paxos_lease.options import LIBVIRT
-from lockfs_paxos_lease.place import Place, hosts_of
-from lockfs_paxos_lease.san.volume import LeaseVolume
+from lockfs_paxos_lease.naming import Naming
+from lockfs_paxos_lease.people import People
+from lockfs_paxos_lease.settings import Settings
 
-CARD_TIMEOUT = 2.0
-"""Seconds for a card, on which nothing depends."""
-CARD_THREADS = 4
-TIDY_TIMEOUT = 8.0
+ATTEMPTS = 4
+"""How often a lease is taken again because, meanwhile, the image has got another one, or the lease another place."""
 
-T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
-@dataclass(slots=True, eq=False)
-class _Held:
-    """One lease that this host has in use: for a grant, or while one is being taken."""
-
-    name: str
-    lease: engine.Lease
-    area: AreaIO
-    mode: Mode
-    grant: Grant | None = None
-    lost: bool = False
-    fenced: bool = False
+class Moved(Exception):
+    """A lease was taken that is not the image's any more; it has been given back."""
 
 
 class PaxosBackend:
@@ -71,34 +54,36 @@ class PaxosBackend:
     excludes = True
 
     def __init__(self, context: Context, storage: Storage | None = None) -> None:
-        options = context.options
+        settings = Settings.of(context)
+        files = storage or Disks(context.fstype)
+        directory = settings.directory(files)
         self._context = context
-        self._source = text.from_bytes(context.source)
-        self._timing = _timing(options["takeover"], options["io_timeout"])
-        leases = str(options["leases"])
+        self._settings = settings
         self._place = LatePlace(
-            self._find_place(storage or Disks(context.fstype), leases),
-            Memory(context.run_dir, context.source, leases, self._timing),
-            lambda: self._card(self._cards.open),
-        )
-        self._cards = Cards(context.source_fd, self._source, f"{context.host}\0{context.run_dir}")
-        self._card_lane = Lane(CARD_THREADS)
-        self._random = random.SystemRandom()
-        self._held: dict[str, _Held] = {}
+            ChosenPlace(
+                settings.leases, lambda: directory, lambda: settings.volume(files, lambda: self._joined),
+                directory.where,
+            ),
+            Memory(context.run_dir, context.source, settings.leases, settings.timing),
+            self._reached,
+        )  # fmt: skip
+        self._naming = Naming(context)
+        self._people = People(context)
+        self._in_use = LeasesInUse(self._place, settings.timing)
+        self._asked = Asked(self._in_use, self._lose)
+        self._lane = Lane(1)
+        self._unfenced: dict[tuple[int, int], str] = {}
+        """What could not be adopted, by image: until those who went by it are fenced."""
         self._adopting: set[trio.CancelScope] = set()
         self._lockspace: Lockspace | None = None
         self._inherited = self._mending = False
         self._tell_lost, self._lost = trio.open_memory_channel[Grant](float("inf"))
 
-    def _find_place(self, storage: Storage, leases: str) -> Place:
-        libvirt = self._context.options["names"] == LIBVIRT
-        if libvirt and not (leases and self._timing.is_sanlock):
-            raise MountError("names=libvirt needs takeover=sanlock, and leases= must be libvirt's disk_lease_dir")
-        if leases and not os.path.isdir(leases):
-            return LeaseVolume(storage, driver.boottime, self._timing, leases, lambda: self._joined)
-        return LeaseDirectory(
-            storage, driver.boottime, self._timing, self._context.source_fd, self._source, leases, libvirt=libvirt
-        )
+    async def _reached(self) -> None:
+        """The storage has answered for the first time."""
+        await self._naming.open()
+        await rule.check(self._lane, self._context.source_fd, self._settings.source, self._naming.rule)
+        await self._people.open()
 
     @property
     def deadline(self) -> Deadline | None:
@@ -114,10 +99,9 @@ class PaxosBackend:
         """
         space = await self._place.open()
         try:
-            host_id = self._context.options["host_id"]
             self._lockspace = await registry.enter(
-                self, self._place, space, self._timing, driver.boottime, self._context.host, self._context.run_dir,
-                host_id if isinstance(host_id, int) else 0, str(self._context.options["watchdog"]),
+                self, self._place, space, self._settings.timing, driver.boottime, self._context.host,
+                self._context.run_dir, self._settings.host_id, str(self._context.options["watchdog"]),
             )  # fmt: skip
         except BaseException:
             with trio.CancelScope(shield=True):
@@ -133,38 +117,53 @@ class PaxosBackend:
         await self._close()
 
     async def _close(self) -> None:
-        for held in list(self._held.values()):
-            await self._forget(held, given_back=False)
-        await self._card(self._cards.close)
+        for held in self._in_use.all():
+            await self._in_use.end(self._lockspace, held, given_back=False)
+        await self._people.close()
         await self._place.close()
 
     # Locks -----------------------------------------------------------------------------------
 
     async def acquire(self, image: Image, mode: Mode, holder: Holder) -> Grant:
-        """Take the lease of the image; then leave the card, so that it is there before anybody else is refused."""
-        joined, membership, name = self._joined, self._joined.membership(), self._name(image)
+        """Take the lease of the image; then leave the card, so that it is there before anybody else is refused.
+
+        Then look again: the image may have been given another name meanwhile, or the file of the lease removed since
+        nobody used it.  As long as the lease is held neither can happen.
+        """
+        for _ in range(ATTEMPTS):
+            try:
+                return await self._acquire(image, await self._naming.of(image), mode, holder)
+            except Moved:
+                continue
+        raise LockUnavailable(f"the lease on {text.from_bytes(image.path)} is being moved or removed")
+
+    async def _acquire(self, image: Image, name: str, mode: Mode, holder: Holder) -> Grant:
+        joined, membership = self._joined, self._joined.membership()
         if name in joined.unfenced:
             raise LockUnavailable(f"the lease on {text.from_bytes(image.path)} was lost, and is still being fenced")
         if name in joined.in_use:
             # Not the same image, which lockd would know, but one that has the same name: on another filesystem below
-            # the source, say.
-            mode = self._held[name].mode if name in self._held else Mode.EXCLUSIVE
+            # the source, say, or because somebody has named both so.
+            held = self._in_use.get(name)
+            mode = held.mode if held is not None else Mode.EXCLUSIVE
             raise Busy(await self._holder(image, membership.host_id, mode))
-        held = await self._use(name, membership, mode, self._place.find_or_create(name))
+        held = await self._in_use.begin(joined, name, membership, mode, self._place.find_or_create(name))
         try:
             with explained(f"lock {text.from_bytes(image.path)}", held.area.where):
-                await joined.note(name)
+                await joined.note(name, image)
                 token = await joined.run(held.lease.acquire(_MODES[mode]), held.area)
+            if not await self._place.is_current(name, held.area) or await self._naming.of(image) != name:
+                raise Moved
         except BaseException as error:
-            with trio.CancelScope(shield=True):
-                await self._tidy(held)
-                await self._forget(held, given_back=not held.lease.untidy)
-            if isinstance(error, Held):
+            await self._in_use.give_up(joined, held)
+            if isinstance(error, HeldElsewhere):
                 raise Busy(await self._who(image, error)) from None
+            if isinstance(error.__cause__, BadArea) and not await self._place.is_current(name, held.area):
+                raise Moved from None
             raise
-        held.grant = Grant(image, mode, token=token)
-        await self._card(lambda: self._cards.write(image.ino, holder))
-        return held.grant
+        grant = self._in_use.granted(held, Grant(image, mode, token=token))
+        await self._people.note(image, holder)
+        return grant
 
     async def adopt(self, image: Image, mode: Mode, holder: Holder, keep: Sequence[int], token: int | None) -> Grant:
         """See whether the lease is there, in the incarnation that the last lockd had; nothing is taken.
@@ -172,7 +171,8 @@ class PaxosBackend:
         Nothing is given back either where it is lost: somebody still goes by it, until `fenced` says otherwise.  As
         long as it cannot be known the answer is awaited here, so that a loss is told when it happens, and not later.
         """
-        joined, name, scope = self._joined, self._name(image), trio.CancelScope()
+        joined, scope = self._joined, trio.CancelScope()
+        name = joined.name_noted(image) or await self._naming.of(image)
         self._adopting.add(scope)
         try:
             await joined.decided()
@@ -181,6 +181,7 @@ class PaxosBackend:
             raise GrantLost(f"the lease on {text.from_bytes(image.path)} has run out before it could be looked at")
         except GrantLost:
             joined.unfenced.add(name)
+            self._unfenced[image.dev, image.ino] = name
             raise
         finally:
             self._adopting.discard(scope)
@@ -194,10 +195,10 @@ class PaxosBackend:
         membership = joined.membership()
         if name in joined.in_use:
             raise LockUnavailable(f"the lease on {path} is in use already")
-        held = await self._use(name, membership, mode, self._find(name))
+        held = await self._in_use.begin(joined, name, membership, mode, self._in_use.find(name))
         try:
             with explained(f"look at the lock on {path}", held.area.where):
-                await joined.note(name)
+                await joined.note(name, image)
                 found = await joined.run(held.lease.adopt(_MODES[mode]), held.area)
             has = Mode.SHARED if found is engine.Mode.SHARED else Mode.EXCLUSIVE
             if found is None or (has is Mode.SHARED and mode is Mode.EXCLUSIVE):
@@ -206,19 +207,19 @@ class PaxosBackend:
                 raise GrantLost(f"the lease on {path} has changed hands: version {held.lease.version}, not {token}")
         except BaseException:
             with trio.CancelScope(shield=True):
-                await self._forget(held, given_back=False)
+                await self._in_use.end(joined, held, given_back=False)
             raise
-        held.mode = has
-        held.grant = Grant(image, has, token=held.lease.version if has is Mode.EXCLUSIVE else token)
-        await self._card(lambda: self._cards.write(image.ino, replace(holder, mode=has)))
-        return held.grant
+        token = held.lease.version if has is Mode.EXCLUSIVE else token
+        grant = self._in_use.granted(held, Grant(image, has, token=token))
+        await self._people.note(image, replace(holder, mode=has))
+        return grant
 
     async def inherit(self) -> None:
         """Give back what the last lockd had, and nobody has taken up."""
         joined = self._joined
         self._inherited = joined.inherited = True
         for name in sorted(joined.left - joined.in_use - joined.unfenced):
-            await self._give_back(name)
+            await self._in_use.give_back(joined, name)
 
     async def mend(self) -> None:
         """Try again to give back what the storage did not let us give back."""
@@ -232,23 +233,6 @@ class PaxosBackend:
         finally:
             self._mending = False
 
-    async def _give_back(self, name: str) -> None:
-        joined = self._joined
-        try:
-            held = await self._use(name, joined.membership(), Mode.EXCLUSIVE, self._find(name))
-        except GrantLost:
-            joined.left.discard(name)
-            await joined.drop(name)
-            return
-        try:
-            with explained("give back a lease that nobody uses", held.area.where):
-                if await joined.run(held.lease.adopt(), held.area) is not None:
-                    await joined.run(held.lease.release(), held.area)
-                await joined.run(held.lease.tidy(), held.area)
-        finally:
-            with trio.CancelScope(shield=True):
-                await self._forget(held, given_back=held.lease.mode is None and not held.lease.untidy)
-
     async def convert(self, grant: Grant, mode: Mode, holder: Holder) -> None:
         """Change the mode of the lease; weaker in a way that nobody gets in between."""
         held = self._of(grant)
@@ -257,8 +241,8 @@ class PaxosBackend:
                 grant.token = await self._joined.run(held.lease.convert(_MODES[mode]), held.area)
         except BaseException as error:
             with trio.CancelScope(shield=True):
-                await self._tidy(held)
-            if isinstance(error, Held):
+                await self._in_use.tidy(self._joined, held)
+            if isinstance(error, HeldElsewhere):
                 raise Busy(await self._who(grant.image, error)) from None
             # To weaken it may have come so far that others share it already: then it is no more than that.
             grant.mode = held.mode = Mode(held.lease.mode.value) if held.lease.mode is not None else grant.mode
@@ -266,72 +250,34 @@ class PaxosBackend:
                 self._lose(held)
             raise
         grant.mode = held.mode = mode
-        await self._card(lambda: self._cards.write(grant.image.ino, replace(holder, mode=mode)))
+        await self._people.note(grant.image, replace(holder, mode=mode))
 
     async def release(self, grant: Grant) -> None:
         """Give the lease back."""
-        held = self._of(grant)
+        joined, held = self._joined, self._of(grant)
+        if held.lost:
+            self._in_use.stopped(joined, held)
         with trio.CancelScope(shield=True), explained(f"unlock {text.from_bytes(grant.image.path)}", held.area.where):
-            await self._card(lambda: self._cards.remove(grant.image.ino))
+            await self._people.forget(grant.image)
             try:
-                if code := await self._joined.run(held.lease.release(), held.area):
+                if code := await joined.run(held.lease.release(), held.area):
                     log.error("%s was taken by another host while it was held here (%d)", held.area.where, code)
             finally:
-                await self._tidy(held)
-                await self._forget(held, given_back=not held.lease.untidy)
-
-    async def _tidy(self, held: _Held) -> None:
-        """Take back what may be on the disk and is not held; what the storage does not let us, `mend` does later."""
-        if not held.lease.untidy:
-            return
-        with trio.move_on_after(TIDY_TIMEOUT):
-            try:
-                await self._joined.run(held.lease.tidy(), held.area)
-            except EngineError:
-                pass
-
-    async def _use(self, name: str, membership: Membership, mode: Mode, opening: Awaitable[AreaIO]) -> _Held:
-        """Begin to use a lease: nobody else on this host does from before its area is opened."""
-        joined = self._joined
-        joined.in_use.add(name)
-        try:
-            area = await opening
-        except BaseException:
-            joined.in_use.discard(name)
-            raise
-        self._held[name] = _Held(name, self._lease(name, membership), area, mode)
-        return self._held[name]
-
-    async def _find(self, name: str) -> AreaIO:
-        area = await self._place.find(name)
-        if area is None:
-            raise GrantLost(f"the lease {name} is not there any more")
-        return area
-
-    async def _forget(self, held: _Held, *, given_back: bool) -> None:
-        """End the use of a lease; *given_back*: on the disk, too, or it is not for us to do that."""
-        await held.area.close()
-        if self._held.pop(held.name, None) is None or self._lockspace is None:
-            return
-        if given_back:
-            self._lockspace.left.discard(held.name)
-            await self._lockspace.drop(held.name)
-        else:
-            self._lockspace.left.add(held.name)
-        self._lockspace.in_use.discard(held.name)
+                await self._in_use.tidy(joined, held)
+                await self._in_use.end(joined, held, given_back=not held.lease.untidy)
 
     # What there is to know -------------------------------------------------------------------
 
     async def inspect(self, image: Image) -> Holder | None:
         """Read the lease, and say who has it."""
-        joined, name = self._joined, self._name(image)
+        joined, name = self._joined, await self._naming.of(image)
         membership = joined.membership()
         area = await self._place.find(name)
         if area is None:
             return None
         try:
             with explained(f"look at the lock on {text.from_bytes(image.path)}", area.where):
-                _, found = await joined.run(requests.inspect(self._lease(name, membership).area), area)
+                _, found = await joined.run(requests.inspect(self._in_use.lease(name, membership).area), area)
         finally:
             await area.close()
         # What this host holds by itself is known to lockd; what an earlier lockd left is free.
@@ -342,8 +288,7 @@ class PaxosBackend:
 
     async def hosts(self) -> Sequence[Host]:
         """List the hosts that were ever seen in the lockspace."""
-        hosts = viewing.hosts(self._joined.membership())
-        return with_holds(hosts, await self._card(self._cards.all) or [])
+        return await self._people.holds(viewing.hosts(self._joined.membership()))
 
     async def confirm_dead(self, host: str) -> str:
         """Watch the host for somewhat more than a renewal; then what it held may be taken."""
@@ -373,31 +318,35 @@ class PaxosBackend:
         What is left on the disk of one that could not be adopted is given back now; where the storage does not let us,
         `mend` does it.
         """
-        name = self._name(grant.image)
-        held = self._held.get(name)
-        if held is not None and held.grant is grant and held.lost:
-            held.fenced = True
-        joined = self._joined
-        if name in joined.unfenced:
+        joined, held = self._joined, self._in_use.of(grant)
+        if held is not None and held.lost:
+            self._in_use.stopped(joined, held)
+        name = self._unfenced.pop((grant.image.dev, grant.image.ino), None)
+        if name is not None:
             joined.unfenced.discard(name)
             if name in joined.left and name not in joined.in_use:
-                await self._give_back(name)
+                await self._in_use.give_back(joined, name)
 
     # The lockspace's side --------------------------------------------------------------------
 
     @property
     def at_stake(self) -> bool:
         """True while there is a lease in use that is not both lost and fenced."""
-        return any(not held.fenced for held in self._held.values())
+        return any(not held.fenced for held in self._in_use.all())
 
     def lose(self, reason: str) -> None:
         """Tell all grants lost, each once."""
         for scope in self._adopting:
             scope.cancel()
-        for held in self._held.values():
+        for held in self._in_use.all():
             self._lose(held)
 
-    def _lose(self, held: _Held) -> None:
+    async def asked(self, callers: Sequence[int]) -> None:
+        """See what other hosts ask of the leases that are held here."""
+        if (joined := self._lockspace) is not None:
+            await self._asked.look(joined, [await self._host_name(each) or f"with id {each}" for each in callers])
+
+    def _lose(self, held: Held) -> None:
         if held.grant is not None and not held.lost:
             held.lost = True
             try:
@@ -410,32 +359,21 @@ class PaxosBackend:
     @property
     def _joined(self) -> Lockspace:
         if self._lockspace is None:
-            raise LockUnavailable(f"the backend of {self._source} is not running")
+            raise LockUnavailable(f"the backend of {self._settings.source} is not running")
         return self._lockspace
 
-    def _lease(self, name: str, membership: Membership) -> engine.Lease:
-        return engine.Lease(name.encode(), membership, self._random, hosts_of(self._timing, membership.geometry))
-
-    def _name(self, image: Image) -> str:
-        return lease_name(image, str(self._context.options["key"]), str(self._context.options["names"]))
-
-    def _of(self, grant: Grant) -> _Held:
-        held = self._held.get(self._name(grant.image))
-        if held is None or held.grant is not grant:
+    def _of(self, grant: Grant) -> Held:
+        held = self._in_use.of(grant)
+        if held is None:
             raise LockUnavailable(f"the lock on {text.from_bytes(grant.image.path)} is not held any more")
         return held
 
-    async def _who(self, image: Image, refusal: Held) -> Holder:
+    async def _who(self, image: Image, refusal: HeldElsewhere) -> Holder:
         mode = Mode.SHARED if refusal.code == AGAIN else Mode.EXCLUSIVE
         return await self._holder(image, refusal.host_id, mode)
 
     async def _holder(self, image: Image, host_id: int, mode: Mode) -> Holder:
-        """Name a holder: the record of its host says the host, a card of that host the rest."""
-        host = await self._host_name(host_id)
-        card = await self._card(lambda: self._cards.read(image.ino))
-        if card is not None and (not host or card.host.startswith(host)):
-            return replace(card, mode=mode)
-        return Holder(host or (f"with id {host_id}" if host_id else UNKNOWN_HOST), mode)
+        return await self._people.holder(image, mode, await self._host_name(host_id), host_id)
 
     async def _host_name(self, host_id: int) -> str:
         """Return what a host calls itself; empty if that is not known."""
@@ -450,26 +388,6 @@ class PaxosBackend:
             return ""
         return identity.shown(record.resource_name) if record is not None else ""
 
-    async def _card(self, work: Callable[[], T]) -> T | None:
-        """Do something with the cards; no lock depends on it.
-
-        Whoever is cancelled in it would not know what has become of the lock; and it does not take long.
-        """
-        try:
-            with trio.CancelScope(shield=True):
-                return await self._card_lane.call(work, CARD_TIMEOUT)
-        except (Overdue, OSError):
-            pass
-        return None
-
-
 _TAKEN = (Code.RELEASE_LVER, Code.RELEASE_OWNER)
 """What is found on the disk where another host has taken a lease that was held."""
 _MODES = {Mode.SHARED: engine.Mode.SHARED, Mode.EXCLUSIVE: engine.Mode.EXCLUSIVE}
-
-
-def _timing(takeover: object, io_timeout: object) -> Timing:
-    """Return the timing that the options ask for."""
-    if isinstance(takeover, float) and takeover:
-        return Timing.own(takeover)
-    return Timing.sanlock(io_timeout if isinstance(io_timeout, int) else DEFAULT_IO_TIMEOUT)

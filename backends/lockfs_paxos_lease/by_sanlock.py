@@ -14,26 +14,23 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
 import trio
 
 from lockfs import text
 from lockfs.backend import UNKNOWN_HOST, Busy, Context, Denied, Grant, GrantLost, Holder, Host, Image, Mode
-from lockfs.cards import Cards, with_holds
 from lockfs.errors import LockUnavailable, MountError
-from lockfs_paxos_lease import driver, identity
-from lockfs_paxos_lease.directory import LeaseDirectory
+from lockfs_paxos_lease import identity, rule
+from lockfs_paxos_lease.chosen import is_directory
 from lockfs_paxos_lease.disk.file import Disks
 from lockfs_paxos_lease.disk.lane import Lane, Overdue
-from lockfs_paxos_lease.engine.timing import DEFAULT_IO_TIMEOUT, Timing
 from lockfs_paxos_lease.format.errors import Code
-from lockfs_paxos_lease.naming import lease_name
-from lockfs_paxos_lease.options import LIBVIRT
+from lockfs_paxos_lease.naming import Naming
+from lockfs_paxos_lease.people import People
 from lockfs_paxos_lease.place import FILE_TIMEOUT, Space
-from lockfs_paxos_lease.san.volume import Joined, LeaseVolume
+from lockfs_paxos_lease.san.volume import Joined
 from lockfs_paxos_lease.sanlock import link
 from lockfs_paxos_lease.sanlock.client import Client
 from lockfs_paxos_lease.sanlock.daemon import Daemon
@@ -42,7 +39,10 @@ from lockfs_paxos_lease.sanlock.marks import Marks
 from lockfs_paxos_lease.sanlock.places import DaemonPlace, InDirectory, OnVolume, check_reachable
 from lockfs_paxos_lease.sanlock.seat import Seat
 from lockfs_paxos_lease.sanlock.wire import AcquireFlag, HostState, Lockspace, Resource, ResourceFlag
+from lockfs_paxos_lease.settings import Settings
 
+ATTEMPTS = 4
+"""How often a lease is taken again because the image has got another one meanwhile."""
 LOOK = 0.25
 """Seconds between two looks for marks."""
 BUSY = frozenset((
@@ -56,7 +56,6 @@ _STATES = {
 }  # fmt: skip
 _NOT_YET = -11
 
-T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
@@ -64,6 +63,7 @@ log = logging.getLogger(__name__)
 class _Held:
     """One lease in use.  `gone` is true when it has been let go, after a loss."""
 
+    name: str
     resource: Resource
     client: Client
     grant: Grant | None = None
@@ -78,50 +78,53 @@ class SanlockBackend:
     deadline = None  # the daemon does not say until when its leases are safe
 
     def __init__(self, context: Context) -> None:
-        options = context.options
         self._context = context
-        self._source = text.from_bytes(context.source)
-        io_timeout = options["io_timeout"]
-        self._io_timeout = io_timeout if isinstance(io_timeout, int) else DEFAULT_IO_TIMEOUT
+        self._settings = Settings.of(context)
         self._daemon = Daemon(link.run_dir())
         self._lane = Lane(4)
-        self._place = self._find_place(str(options["leases"]))
-        self._cards = Cards(context.source_fd, self._source, f"{context.host}\0{context.run_dir}")
+        self._naming = Naming(context)
+        self._people = People(context)
+        self._found: DaemonPlace | None = None
         self._held: dict[str, _Held] = {}
+        self._by_image: dict[tuple[int, int], _Held] = {}
         self._space: Space | None = None
         self._marks: Marks | None = None
         self._seat: Seat | None = None
         self._scope = trio.CancelScope()
         self._tell_lost, self._lost = trio.open_memory_channel[Grant](float("inf"))
 
-    def _find_place(self, leases: str) -> DaemonPlace:
-        context, timing = self._context, Timing.sanlock(self._io_timeout)
-        disks, clock = Disks(context.fstype), driver.boottime
-        if context.options["names"] == LIBVIRT and not leases:
-            raise MountError("names=libvirt needs leases=, which must be libvirt's disk_lease_dir")
-        if leases and not os.path.isdir(leases):
-            return OnVolume(LeaseVolume(disks, clock, timing, leases, _nobody), self._daemon)
-        libvirt = context.options["names"] == LIBVIRT
-        directory = LeaseDirectory(disks, clock, timing, context.source_fd, self._source, leases, libvirt=libvirt)
-        return InDirectory(directory, self._daemon, self._lane)
+    async def _find_place(self) -> DaemonPlace:
+        disks, mountpoint = Disks(self._context.fstype), self._context.mountpoint
+        place: DaemonPlace
+        if await is_directory(self._lane, self._settings.leases):
+            place = InDirectory(self._settings.directory(disks), self._daemon, self._lane)
+        else:
+            place = OnVolume(self._settings.volume(disks, _nobody), self._daemon)
+        try:
+            await self._lane.call(lambda: check_reachable(place, mountpoint), FILE_TIMEOUT)
+        except Overdue as error:
+            raise LockUnavailable(f"cannot look at {place.where}: {error}") from error
+        return place
 
     # Its life --------------------------------------------------------------------------------
 
     async def start(self) -> None:
         """Find the daemon, and the lockspace or make it, and have the daemon join."""
-        check_reachable(self._place, self._context.mountpoint)
+        context, place = self._context, await self._find_place()
+        self._found = place
         try:
-            space = self._space = await self._place.open()
+            space = self._space = await place.open()
         except DaemonGone as error:
             raise MountError(error.message, hint=error.hint) from error
         try:
-            marks = self._marks = Marks(self._context.run_dir, space.name)
+            await self._naming.open()
+            await rule.check(self._lane, context.source_fd, self._settings.source, self._naming.rule)
+            marks = self._marks = Marks(context.run_dir, space.name)
             marks.open()
-            await self._aside(self._cards.open)
-            wanted = self._context.options["host_id"]
-            disk = await self._place.lockspace()
-            lockspace = Lockspace(space.name, wanted if isinstance(wanted, int) else 0, disk)
-            seat = Seat(self._daemon, lockspace, self._io_timeout, self._place.survey, self._lose)
+            await self._people.open()
+            disk = await place.lockspace()
+            lockspace = Lockspace(space.name, self._settings.host_id, disk)
+            seat = Seat(self._daemon, lockspace, int(self._settings.timing.io_timeout), place.survey, self._lose)
             await seat.start()
             self._seat = seat
             trio.lowlevel.spawn_system_task(self._look_for_marks, marks, name="marks of sanlock")
@@ -143,23 +146,42 @@ class SanlockBackend:
         for held in self._held.values():
             held.client.close()
         self._held.clear()
-        await self._aside(self._cards.close)
-        await self._place.close()
+        self._by_image.clear()
+        await self._people.close()
+        if self._found is not None:
+            await self._found.close()
 
     # Locks -----------------------------------------------------------------------------------
 
     async def acquire(self, image: Image, mode: Mode, holder: Holder) -> Grant:
-        """Take the lease of the image; then leave the card, so that it is there before anybody else is refused."""
+        """Take the lease of the image; then leave the card, so that it is there before anybody else is refused.
+
+        Then look again: the image may have been given another name meanwhile.
+        """
+        for _ in range(ATTEMPTS):
+            name = await self._naming.of(image)
+            grant = await self._acquire(image, name, mode)
+            try:
+                if await self._naming.of(image) == name:
+                    await self._people.note(image, holder)
+                    return grant
+            except BaseException:
+                with trio.CancelScope(shield=True):
+                    await self.release(grant)
+                raise
+            await self.release(grant)
+        raise LockUnavailable(f"the lease on {text.from_bytes(image.path)} changes its name")
+
+    async def _acquire(self, image: Image, name: str, mode: Mode) -> Grant:
         seat, marks, space = self._parts()
         seat.check()
-        name = self._name(image)
         if name in self._held:
             raise Busy(Holder(self._context.host, self._mode_of(self._held[name])))
         disk = await self._place.find_or_create(name)
         resource = Resource(space.name, name.encode(), disk, flags=_FLAGS[mode])
         marks.clear(name)
         client = await Client.register(self._daemon.directory)
-        held = self._held[name] = _Held(resource, client)
+        held = self._held[name] = _Held(name, resource, client)
         try:
             await client.set_killpath(marks.program, [marks.argument(name)])
             await client.acquire([resource], AcquireFlag.OWNER_NOWAIT)
@@ -170,22 +192,26 @@ class SanlockBackend:
             if isinstance(error, SanlockError) and error.code in BUSY:
                 raise Busy(await self._who(image, resource)) from None
             raise
-        held.grant = Grant(image, mode, token=found[0].lver if found else None, keep=[client.fileno()])
-        await self._aside(lambda: self._cards.write(image.ino, holder))
-        return held.grant
+        grant = Grant(image, mode, token=found[0].lver if found else None, keep=[client.fileno()])
+        return self._granted(held, grant)
+
+    def _granted(self, held: _Held, grant: Grant) -> Grant:
+        held.grant = grant
+        self._held[held.name] = self._by_image[grant.image.dev, grant.image.ino] = held
+        return grant
 
     async def adopt(self, image: Image, mode: Mode, holder: Holder, keep: Sequence[int], token: int | None) -> Grant:
         """Go on with the connection, if the daemon has the lease for it."""
         _, marks, space = self._parts()
-        name, path = self._name(image), text.from_bytes(image.path)
+        path = text.from_bytes(image.path)
         if not keep:
             raise GrantLost(f"nobody has the connection to sanlock by which {path} was locked")
         client = Client.of(keep[0])
         try:
-            wanted = (space.name, name.encode())
-            there = [each for each in await client.inquire() if (each.lockspace, each.name) == wanted]
+            there = [each for each in await client.inquire() if each.lockspace == space.name]
             if not there or (mode is Mode.EXCLUSIVE and there[0].lver is None):
                 raise GrantLost(f"sanlock does not keep the lock on {path} any more")
+            name = there[0].name.decode()
             await client.set_killpath(marks.program, [marks.argument(name)])
         except DaemonGone as error:
             client.close()
@@ -199,8 +225,7 @@ class SanlockBackend:
         resource = Resource(space.name, name.encode(), there[0].disk, flags=_FLAGS[mode])
         grant = Grant(image, mode, token=there[0].lver, keep=[client.fileno()])
         # A mark that was made while no lockd was there is seen from now on.
-        self._held[name] = _Held(resource, client, grant)
-        return grant
+        return self._granted(_Held(name, resource, client), grant)
 
     async def inherit(self) -> None:
         """Locks in connections are gone with these."""
@@ -222,21 +247,21 @@ class SanlockBackend:
             raise
         held.resource, grant.mode = resource, mode
         grant.token = found[0].lver if found else None
-        await self._aside(lambda: self._cards.write(grant.image.ino, replace(holder, mode=mode)))
+        await self._people.note(grant.image, replace(holder, mode=mode))
 
     async def release(self, grant: Grant) -> None:
         """Give the lease back: by name, since who keeps the connection would keep it."""
         held = self._of(grant)
         with trio.CancelScope(shield=True):
-            await self._aside(lambda: self._cards.remove(grant.image.ino))
+            await self._people.forget(grant.image)
             try:
                 if not held.gone:
                     await held.client.release([held.resource])
             finally:
                 held.client.close()
-                name = self._name(grant.image)
-                self._held.pop(name, None)
-                self._parts()[1].clear(name)
+                self._held.pop(held.name, None)
+                self._by_image.pop((grant.image.dev, grant.image.ino), None)
+                self._parts()[1].clear(held.name)
 
     async def fenced(self, grant: Grant) -> None:
         """Let the lease go: the daemon waits for that, and would soon begin to kill."""
@@ -252,7 +277,7 @@ class SanlockBackend:
     async def inspect(self, image: Image) -> Holder | None:
         """Have the daemon read the lease, and say who has it."""
         seat, _, space = self._parts()
-        name = self._name(image)
+        name = await self._naming.of(image)
         disk = await self._place.find(name)
         if disk is None:
             return None
@@ -284,7 +309,7 @@ class SanlockBackend:
             detail = f"host id {each.host_id}, generation {each.generation}"
             seen = wall - (now - live) if live else None
             hosts.append(Host(name, _STATES[each.state], seen, detail, each.host_id, each.host_id == own))
-        return with_holds(hosts, await self._aside(self._cards.all) or [])
+        return await self._people.holds(hosts)
 
     async def confirm_dead(self, host: str) -> str:
         """sanlock takes nobody's word."""
@@ -329,14 +354,17 @@ class SanlockBackend:
 
     def _parts(self) -> tuple[Seat, Marks, Space]:
         if self._seat is None or self._marks is None or self._space is None:
-            raise LockUnavailable(f"the backend of {self._source} is not running")
+            raise LockUnavailable(f"the backend of {self._settings.source} is not running")
         return self._seat, self._marks, self._space
 
-    def _name(self, image: Image) -> str:
-        return lease_name(image, str(self._context.options["key"]), str(self._context.options["names"]))
+    @property
+    def _place(self) -> DaemonPlace:
+        if self._found is None:
+            raise LockUnavailable(f"the backend of {self._settings.source} is not running")
+        return self._found
 
     def _of(self, grant: Grant) -> _Held:
-        held = self._held.get(self._name(grant.image))
+        held = self._by_image.get((grant.image.dev, grant.image.ino))
         if held is None or held.grant is not grant:
             raise LockUnavailable(f"the lock on {text.from_bytes(grant.image.path)} is not held any more")
         return held
@@ -356,22 +384,12 @@ class SanlockBackend:
         return await self._holder(image, others[0] if others else 0, mode)
 
     async def _holder(self, image: Image, host_id: int, mode: Mode) -> Holder:
-        """Name a holder: the record of its host says the host, a card the rest."""
-        card = await self._aside(lambda: self._cards.read(image.ino))
-        if card is not None:
-            return replace(card, mode=mode)
-        if not host_id:
-            return Holder(UNKNOWN_HOST, mode)
-        states = await self._daemon.host_status(self._parts()[2].name)
-        names = {state.data32: identity.shown(state.words.get("owner_name", "").encode()) for state in states}
-        return Holder(names.get(host_id) or f"with id {host_id}", mode)
-
-    async def _aside(self, work: Callable[[], T]) -> T | None:
-        """Do something on which no lock depends."""
-        try:
-            return await self._lane.call(work, FILE_TIMEOUT)
-        except (Overdue, OSError):
-            return None
+        host = ""
+        if host_id:
+            states = await self._daemon.host_status(self._parts()[2].name)
+            names = {state.data32: identity.shown(state.words.get("owner_name", "").encode()) for state in states}
+            host = names.get(host_id, "")
+        return await self._people.holder(image, mode, host, host_id)
 
 
 def _nobody() -> Joined:

@@ -5,7 +5,8 @@
   it: a virtual machine of a lockd that was killed, or another machine that was cloned from this one.  So it must stand
   still for as long as any other host would wait; only if the record is of an earlier boot it is watched for a moment,
   which shows a clone, and taken.  A process that had it itself, and has nothing left of it, takes it at once where the
-  record is what it wrote last: then nobody can have had it in between.
+  record is what it wrote last: then nobody can have had it in between.  So does one whose predecessor has noted that it
+  wrote that, and held nothing when it ended.
 * Else, or if told so, a free one.
 """
 
@@ -56,12 +57,15 @@ class Claim:
     run: Run
     _last: Membership | None = field(default=None, init=False)
     """The incarnation that was tried last: it knows what this process has written."""
+    _noted: State | None = field(default=None, init=False)
+    """What the last lockd of this boot has written down."""
 
     async def resume(self, state: State) -> Membership | None:
         """Return the membership that the last lockd of this boot had; None if it has run out or is not wanted.
 
         Raises `EngineError`.
         """
+        self._noted = state
         if self.wanted not in (0, state.host_id):
             return None
         if self.clock() >= state.renewed + self.timing.dead_after(self.timing.stored):
@@ -96,8 +100,12 @@ class Claim:
         rebooted = there.timestamp > self.timing.stamp(self.clock())
         if rebooted and not idle():
             await self._look_for_a_clone(membership, host_id, there)
+        state = self._noted
+        noted = (state.generation, state.renewed) if state is not None and state.host_id == host_id else None
         try:
-            await self.run(membership.join(host_id, predecessor_gone=idle() or rebooted, same_boot=not rebooted))
+            await self.run(
+                membership.join(host_id, predecessor_gone=idle() or rebooted, same_boot=not rebooted, noted=noted)
+            )
         except Clash as error:
             raise self._clone(host_id, error.name) from error
         return membership

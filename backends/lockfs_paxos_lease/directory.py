@@ -33,6 +33,7 @@ DEFAULT = (".lockfs", "leases")
 """Below the source; the mount does not show it."""
 _PAGE = 4096
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS)
+_NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 T = TypeVar("T")
@@ -113,7 +114,7 @@ class LeaseDirectory:
     def _geometry(self) -> Geometry:
         """Return the smallest sizes that the storage can write in one piece."""
         probe = f".probe.{secrets.token_hex(8)}"
-        fd = os.open(probe, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=self._fd)
+        fd = os.open(probe, _NEW, 0o600, dir_fd=self._fd)
         try:
             try:
                 os.write(fd, bytes(2 * _PAGE))
@@ -163,6 +164,54 @@ class LeaseDirectory:
         except OSError as error:
             raise LockUnavailable(f"cannot make the lease {self._file(name)}: {error.strerror}") from error
 
+    async def is_current(self, name: str, area: AreaIO) -> bool:
+        """Say whether an area that was opened is that of the file which has the lease's name now."""
+        file = name + self._suffix
+        try:
+            info = await self._call(
+                lambda: os.stat(file, dir_fd=self._fd, follow_symlinks=False), f"look at the lease {name}"
+            )
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            raise LockUnavailable(f"cannot look at the lease {self._file(name)}: {error.strerror}") from error
+        return area.identity == (info.st_dev, info.st_ino)
+
+    async def remove(self, name: str, area: AreaIO, until: float) -> bool:
+        """Remove the file of a lease that is marked as deleted, if it is still that of *area*; say whether it was.
+
+        Raises `LockUnavailable` if that cannot begin before *until*; OSError.
+        """
+        file = name + self._suffix
+
+        def work() -> bool:
+            info = os.stat(file, dir_fd=self._fd, follow_symlinks=False)
+            if (info.st_dev, info.st_ino) != area.identity:
+                return False
+            if self._clock() > until:
+                raise LockUnavailable(f"it took too long to remove {self._file(name)}: it stays, marked as deleted")
+            os.unlink(file, dir_fd=self._fd)
+            os.fsync(self._fd)
+            return True
+
+        return await self._call(work, f"remove the lease {name}")
+
+    async def age(self, name: str) -> float:
+        """Return for how many seconds a lease has not been written to, by the clock of the storage.  Raises OSError."""
+
+        def work() -> float:
+            probe = f".age.{secrets.token_hex(8)}"
+            fd = os.open(probe, _NEW, 0o600, dir_fd=self._fd)
+            try:
+                os.write(fd, b"now")
+                now = os.fstat(fd).st_mtime
+            finally:
+                os.close(fd)
+                os.unlink(probe, dir_fd=self._fd)
+            return now - os.stat(name + self._suffix, dir_fd=self._fd, follow_symlinks=False).st_mtime
+
+        return await self._call(work, f"look at the lease {name}")
+
     def _make_lease(self, name: str) -> None:
         space, timing = self._space, self._timing
         if space is None:
@@ -184,8 +233,7 @@ class LeaseDirectory:
     def _make(self, name: str, writes: Sequence[bytes]) -> None:
         """Make a file with these writes at its start, one after the other, unless it is there."""
         temporary = f".{name}.{secrets.token_hex(8)}"
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        fd = os.open(temporary, flags, 0o600, dir_fd=self._fd)
+        fd = os.open(temporary, _NEW, 0o600, dir_fd=self._fd)
         try:
             try:
                 for data in writes:

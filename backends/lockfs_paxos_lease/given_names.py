@@ -27,6 +27,7 @@ ATTRIBUTE = "user.lockfs.lease"
 MOST = names.SIZE - 1
 """Characters of a name.  One more would fit into a record, but sanlock (3.8.5) misses the end of such a name."""
 LIBVIRT_LOCKSPACE = "__LIBVIRT__DISKS__"
+RESERVED = (LIBVIRT_LOCKSPACE, "rindex_lease")
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +92,8 @@ def checked(name: str, where: str) -> str:
             f"{where}: '{from_bytes(name.encode(errors='surrogateescape'))}' cannot be the name of a lease",
             hint="Letters, digits, and signs other than / : \\ and blank; not a dot at the beginning.",
         )
+    if name in RESERVED:
+        raise UsageError(f"{where}: '{name}' is the name of something else among leases")
     if len(name) > MOST:
         raise UsageError(f"{where}: '{name}' is longer than {MOST} characters")
     return name

@@ -77,7 +77,10 @@ class Memory:
 
 
 class LatePlace:
-    """See the module: a `Place`, with the real one `below`.  *reached* is called once, when that is open."""
+    """See the module: a `Place`, with the real one `below`.
+
+    When that is open *reached* is called, each time that it is needed, until it raises nothing.
+    """
 
     def __init__(self, place: Place, memory: Memory, reached: Callable[[], Awaitable[None]]) -> None:
         self.where = place.where
@@ -120,9 +123,13 @@ class LatePlace:
                 raise LockUnavailable(
                     f"{self.where} has another lockspace than before", hint="Unmount the share, and mount it again."
                 )
+            try:
+                await self._tell_reached()
+            except LockfsError:
+                await self.below.close()
+                raise
             self._known, self._reached = known or found, True
             await trio.to_thread.run_sync(self._memory.save, self._known)
-            await self._tell_reached()
             return self._known
 
     async def _reach_in_use(self) -> None:
@@ -147,6 +154,10 @@ class LatePlace:
         """Open the area of a lease, and make it if there is none.  The caller closes it."""
         await self._reach_in_use()
         return await self.below.find_or_create(name)
+
+    async def is_current(self, name: str, area: AreaIO) -> bool:
+        """Say whether an area that was opened is still that of the lease."""
+        return await self.below.is_current(name, area)
 
     async def close(self) -> None:
         """Close what is open but for areas."""

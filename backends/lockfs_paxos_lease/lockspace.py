@@ -16,12 +16,13 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Protocol, TypeVar
 
 import trio
 
+from lockfs.backend import Image
 from lockfs.errors import LockfsError, LockUnavailable, MountError
 from lockfs.linux.deadline import Deadline
 from lockfs_paxos_lease import driver, identity, watchdog
@@ -59,6 +60,9 @@ class Member(Protocol):
     def lose(self, reason: str) -> None:
         """Tell all grants lost."""
 
+    async def asked(self, callers: Sequence[int]) -> None:
+        """See what these hosts ask of the leases that are held here.  Raises nothing."""
+
     async def mend(self) -> None:
         """Give back what the storage did not let it give back before.  Raises nothing."""
 
@@ -79,7 +83,7 @@ class Lockspace:
         self.wanted = wanted
         self.members: list[Member] = []
         self.area: AreaIO | None = None
-        self.renewal = Renewal(called=False)
+        self.renewal = Renewal()
         self.deadline = Deadline.create()
         self._place = place
         self._clock = clock
@@ -95,6 +99,9 @@ class Lockspace:
         """What the last lockd of this incarnation had, and nobody has taken up; and what could not be given back."""
         self.unfenced: set[str] = set()
         """What was to be adopted and is lost, while those who went by it are yet to be fenced."""
+        self.unwritten = 0
+        """Grants that were lost, and of which something may still be in this host's memory; counted with a watchdog."""
+        self._names: dict[tuple[int, int], str] = {}
         self.inherited = False
         """True from when all that the last lockd had, and is still in use, has been taken up."""
         self.watchdog_path = watchdog_path
@@ -119,6 +126,7 @@ class Lockspace:
         """
         await trio.to_thread.run_sync(self._begin)
         try:
+            self._names = await trio.to_thread.run_sync(self._state.names)
             heir, patience = bool(await trio.to_thread.run_sync(self._state.held)), START_PATIENCE
             if heir:
                 self._inherit(await trio.to_thread.run_sync(self._state.load, self._boot))
@@ -284,8 +292,8 @@ class Lockspace:
 
     @property
     def _unanswered(self) -> bool:
-        """True while somebody may write by what this lockd has not granted, and cannot fence alone."""
-        return bool(self.unfenced) or bool(self.left and not self.inherited)
+        """True while something may be written by what this lockd has not granted, or has lost, and cannot fence."""
+        return bool(self.unfenced or self.unwritten) or bool(self.left and not self.inherited)
 
     async def _save(self, membership: Membership) -> None:
         """Write down who this host is now, and nothing of what an earlier incarnation held."""
@@ -300,8 +308,9 @@ class Lockspace:
         await self._written(save)
 
     async def _written(self, work: Callable[[], None]) -> None:
+        # Not in a thread: the run directory lies in memory, and a thread's turn takes longer than that.
         try:
-            await trio.to_thread.run_sync(work)
+            work()
         except OSError as error:
             raise StorageTrouble(-(error.errno or 0), f"cannot note what this host holds: {error}") from error
 
@@ -320,7 +329,7 @@ class Lockspace:
                 failing = True
                 continue
             self._move_deadline(membership)
-            if self._watchdog is not None:
+            if self._watchdog is not None and not self.unwritten:
                 self._on_watchdog(partial(self._watchdog.renewed, self._clock() - membership.last_success))
             try:
                 await self._save(membership)
@@ -330,6 +339,9 @@ class Lockspace:
                 log.info("%s: the lease of this host is renewed again", self._place.where)
             failing = False
             self._tell_if_slow()
+            if self.renewal.callers:
+                for member in self.members:
+                    nursery.start_soon(member.asked, self.renewal.callers)
             if self.left - self.in_use and self.members:
                 nursery.start_soon(self.members[0].mend)
 
@@ -424,13 +436,17 @@ class Lockspace:
             areas[Area.LEASE] = lease
         return await driver.run(operation, areas)
 
-    async def note(self, name: str) -> None:
+    def name_noted(self, image: Image) -> str | None:
+        """Return how the last lockd called the lease of an image that it held; None if it did not hold it."""
+        return self._names.get((image.dev, image.ino))
+
+    async def note(self, name: str, image: Image) -> None:
         """Write down that a lease is about to be taken, and arm the watchdog.  Raises `StorageTrouble`."""
 
         def note() -> None:
             if self._watchdog is not None:
                 self._watchdog.arm()
-            self._state.note(name)
+            self._state.note(name, (image.dev, image.ino))
 
         await self._written(note)
 

@@ -64,6 +64,9 @@ OPTIONS: Sequence[Option] = (
            "with takeover=sanlock: seconds for one call to the storage; takeover takes 8 times that and 60 s"),
     Option("names", one_of(LOCKFS, LIBVIRT), LOCKFS, f"{LOCKFS}|{LIBVIRT}",
            "how leases are named; libvirt: as by its sanlock driver (auto_disk_leases), to exclude hosts that use it"),
+    Option("lease_map", _path, "", "FILE",
+           "file that names the leases of images, the same on all hosts: lines with a path below the source, and a "
+           "name; an image's attribute user.lockfs.lease comes before it"),
     Option("watchdog", _path, "", "DEVICE",
            "watchdog device, as /dev/watchdog: it resets this host if lockd or a fence fails while images are held"),
 )  # fmt: skip

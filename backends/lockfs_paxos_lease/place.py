@@ -70,5 +70,8 @@ class Place(Protocol):
     async def find_or_create(self, name: str) -> AreaIO:
         """Open the area of a lease, and make it if there is none.  The caller closes it."""
 
+    async def is_current(self, name: str, area: AreaIO) -> bool:
+        """Say whether an area that was opened is still that of the lease, and not that of one removed since."""
+
     async def close(self) -> None:
         """Close what is open but for areas."""

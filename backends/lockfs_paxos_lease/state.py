@@ -83,9 +83,27 @@ class StateFile:
             file.write(msgspec.json.encode(state))
         os.rename(temporary, self._path)
 
-    def note(self, lease: str) -> None:
-        """Write down that a lease is about to be taken; *lease* is a name that can be one of a file."""
-        os.close(os.open(os.path.join(self._held, lease), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
+    def note(self, lease: str, image: tuple[int, int]) -> None:
+        """Write down that a lease is about to be taken, and for which image (device and inode number).
+
+        *lease* is a name that can be one of a file.
+        """
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+        fd = os.open(os.path.join(self._held, lease), flags, 0o600)
+        try:
+            os.write(fd, b"%d %d" % image)
+        finally:
+            os.close(fd)
+
+    def names(self) -> dict[tuple[int, int], str]:
+        """Return the leases that are written down, by their images; without those of which that is not readable."""
+        found: dict[tuple[int, int], str] = {}
+        for lease in self.held():
+            with open(os.path.join(self._held, lease), "rb") as file:
+                numbers = file.read(64).split()
+            if len(numbers) == 2 and all(each.isdigit() for each in numbers):
+                found[int(numbers[0]), int(numbers[1])] = lease
+        return found
 
     def drop(self, lease: str) -> None:
         """Write down that a lease was given back."""

@@ -94,6 +94,8 @@ def parser(words: Sequence[str]) -> argparse.ArgumentParser:
     options = commands.add_parser("options", parents=[common], help="list the mount options")
     options.add_argument("backend", nargs="?", default="", metavar="BACKEND", help="only those of this backend")
     options.add_argument("--markdown", action="store_true", help="print a Markdown table")
+    manual = commands.add_parser("manual", help="write the manual pages")
+    manual.add_argument("directory", metavar="DIR", help="where, such as /usr/local/share/man")
     if not commands.choices.keys() & set(words):
         for each in backend.commands():
             added = commands.add_parser(each.name, help=each.summary, description=each.summary)
@@ -136,6 +138,10 @@ def _run(arguments: argparse.Namespace) -> int:
             from lockfs.cli import upgrade
 
             return upgrade.check(directory) if arguments.check else upgrade.run(directory, as_json=arguments.json)
+        case "manual":
+            from lockfs.cli import manual
+
+            return manual.run(arguments.directory)
         case _:
             from lockfs.cli import option_help
 

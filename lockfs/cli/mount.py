@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
-from lockfs import __version__
+from lockfs import __version__, config
 from lockfs.cli import option_help, preflight, spawn
 from lockfs.errors import EXIT_INTERRUPTED, EXIT_OK, LockfsError, MountError, UsageError
 from lockfs.linux.libc import failed, libc
@@ -63,6 +63,10 @@ class Call:
         """The whole ``-o`` string."""
         return ",".join(self.options)
 
+    def parsed(self) -> MountOptions:
+        """Return the options, with this host's defaults for those that are not given.  Raises `UsageError`."""
+        return parse(self.text, sloppy=self.sloppy, defaults=config.load(config.path()))
+
     def say(self, message: str) -> None:
         """Tell what is done, if that was asked for."""
         if self.verbose:
@@ -94,7 +98,7 @@ def run(arguments: Sequence[str]) -> int:
     if len(call.operands) != 2:
         raise UsageError("give a source and a mountpoint", hint=SEE_HELP)
     if call.fake:
-        parse(call.text, sloppy=call.sloppy)
+        call.parsed()
         return EXIT_OK
     if os.geteuid() != 0:
         hint = "Use sudo; the options user and users in /etc/fstab do not change this."
@@ -160,7 +164,7 @@ def enter(namespace: str) -> None:
 
 
 def _mount(call: Call) -> None:
-    options = parse(call.text, sloppy=call.sloppy)
+    options = call.parsed()
     typed, mountpoint = (os.fsencode(each) for each in call.operands)
     # As typed, since mount -a looks for it; but a relative path means nothing to anyone later.
     fsname = typed if typed.startswith(b"/") else os.path.abspath(typed)

@@ -19,17 +19,19 @@ def lines(options: Iterable[Option], indent: str = "  ") -> list[str]:
     """Return plain text: each option with its argument, below it what it does and its default."""
     found: list[str] = []
     for option in options:
-        found.append(f"{indent}{_typed(option)}")
+        found.append(f"{indent}{typed(option)}")
         further = indent * 3
-        found += textwrap.wrap(_meaning(option), WIDTH, initial_indent=further, subsequent_indent=further)
+        found += textwrap.wrap(meaning(option), WIDTH, initial_indent=further, subsequent_indent=further)
     return found
 
 
-def _typed(option: Option) -> str:
+def typed(option: Option) -> str:
+    """Return an option as it is written."""
     return ", ".join(f"{name}={option.metavar}" for name in (option.name, *option.also))
 
 
-def _meaning(option: Option) -> str:
+def meaning(option: Option) -> str:
+    """Return what an option does, and its default."""
     return f"{option.help} (default: {option.default or 'none'})"
 
 
@@ -63,7 +65,7 @@ def markdown(found: Iterable[Table]) -> str:
     """Return tables as one Markdown table."""
     rows = ["| option | default | what it does |", "|---|---|---|"]
     for _title, options in found:
-        rows += [f"| `{_cell(_typed(each))}` | {_default(each)} | {_cell(each.help)} |" for each in options]
+        rows += [f"| `{_cell(typed(each))}` | {_default(each)} | {_cell(each.help)} |" for each in options]
     return "\n".join(rows) + "\n"
 
 

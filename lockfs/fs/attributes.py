@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import stat as st
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, nullcontext
 from contextvars import ContextVar
 
 import msgspec
@@ -24,8 +25,13 @@ from lockfs.linux import files
 from lockfs.linux.files import proc_path
 
 OWN_XATTRS = (b"user.lockfs.",)
-"""Names that lockfs answers itself, and that nobody may set."""
+"""Names that are lockfs's own, which nobody may set, but for `LEASE_XATTR`."""
 HOLDER_XATTR = b"user.lockfs.holder"
+"""Who holds an image; lockfs answers it."""
+LEASE_XATTR = b"user.lockfs.lease"
+"""How the lease of an image is called; it lies on the storage, and backends that have leases go by it."""
+_LEASE_NAME = re.compile(rb"(?!\.)[!-.0-9;-\[\]-~]{1,47}")
+"""What can be a name: with another one nobody could open the image, nor take the name away here."""
 
 SETXATTR = 21
 _SETTING: ContextVar[Current | None] = ContextVar("setting", default=None)
@@ -140,11 +146,14 @@ class AttributeOperations(WriteRights):
             return
         node = self.nodes.get(inode)
         _not_own(name)
+        if name == LEASE_XATTR and not _LEASE_NAME.fullmatch(value):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         await self._check_guarded(node, name, value, ctx)
-        with self.nodes.borrow(node) as fd, effect.intend():
-            # An ACL clears the set-group-id bit, unless its owner is in the group or may set it.
-            run = self.work.as_seen if name.startswith(b"system.posix_acl_") else self.work.long
-            await run(ctx, lambda: os.setxattr(proc_path(fd), name, value))
+        async with self._naming(node, name, ctx):
+            with self.nodes.borrow(node) as fd, effect.intend():
+                # An ACL clears the set-group-id bit, unless its owner is in the group or may set it.
+                run = self.work.as_seen if name.startswith(b"system.posix_acl_") else self.work.long
+                await run(ctx, lambda: os.setxattr(proc_path(fd), name, value))
         effect.finish()
 
     @replies
@@ -160,9 +169,32 @@ class AttributeOperations(WriteRights):
             there = name in map(os.fsencode, await self.work.short(ctx, os.listxattr, proc_path(fd)))
         if there or effect.intended is None:
             await self._check_guarded(node, name, None, ctx)
-            with self.nodes.borrow(node) as fd, effect.intend() if there else nullcontext():
-                await self.work.long(ctx, lambda: os.removexattr(proc_path(fd), name))
+            async with self._naming(node, name, ctx):
+                with self.nodes.borrow(node) as fd, effect.intend() if there else nullcontext():
+                    await self.work.long(ctx, lambda: os.removexattr(proc_path(fd), name))
         effect.finish()
+
+    @asynccontextmanager
+    async def _naming(self, node: Node, name: bytes, ctx: RequestContext) -> AsyncIterator[None]:
+        """Where the attribute names a lease, have nobody hold the image meanwhile, not even the caller.
+
+        Who holds it under the old name would not exclude those who take it under the new one.
+        """
+        if name != LEASE_XATTR:
+            yield
+            return
+        with self.nodes.borrow(node) as fd:
+            status = await self.work.short(ctx, os.fstat, fd)
+        hold = None
+        if st.S_ISREG(status.st_mode) and self.guard.policy.guarded(node.path()):
+            owner, _manager = self.owners.of(ctx)
+            nobody = msgspec.structs.replace(owner, key=f"{owner.key}/names")
+            hold = await self.guard.hold_for_call(node, nobody, ctx)
+        try:
+            yield
+        finally:
+            if hold is not None:
+                await self.guard.release(hold)
 
     async def _check_guarded(self, node: Node, name: bytes, value: bytes | None, ctx: RequestContext) -> None:
         if not name.startswith(GUARDED_XATTRS):
@@ -221,5 +253,5 @@ def _set_owner_and_mode(fd: int, uid: int, gid: int, mode: int | None) -> None:
 
 
 def _not_own(name: bytes) -> None:
-    if name.startswith(OWN_XATTRS):
+    if name.startswith(OWN_XATTRS) and name != LEASE_XATTR:
         raise OSError(errno.EPERM, os.strerror(errno.EPERM))

@@ -16,6 +16,7 @@ from lockfs.errors import LockfsError
 from lockfs.fs.guard import Guard
 from lockfs.fs.handles import Handles
 from lockfs.fs.journal.effects import Effects
+from lockfs.fs.nameless import Nameless
 from lockfs.fs.nodes import Node, NodeTable
 from lockfs.fs.owners import Owners
 from lockfs.fs.source import HIDDEN, Found
@@ -98,9 +99,11 @@ class Base(pyfuse3.Operations):
     """The parts, and helpers of more than one theme.
 
     `negotiated` is what the kernel agreed to, set before the first request comes; None without the kernel module.
+    `nameless` is there if this daemon may have a successor.
     """
 
     negotiated: Negotiated | None = None
+    nameless: Nameless | None = None
 
     def __init__(self, parts: Parts) -> None:
         self.nodes = parts.nodes
@@ -151,6 +154,19 @@ class Base(pyfuse3.Operations):
         """Give what was found to the kernel: its node, counted once more, and its attributes.  Takes the descriptor."""
         stat = found.stat
         return self.attributes(self.nodes.adopt(found, parent, name), stat)
+
+    async def losing_name(self, found: Found | None) -> None:
+        """Prepare for what is open to lose a name, maybe its last one."""
+        if self.nameless is not None and found is not None:
+            await self.nameless.losing(found)
+
+    async def lost_name(self, found: Found | None) -> None:
+        """Keep what lost a name reachable, without one if need be, while the kernel knows it; takes the descriptor."""
+        if found is None:
+            return
+        if self.nameless is not None:
+            await self.nameless.lost(found)
+        self.nodes.pin(found)
 
     def clears_suid(self) -> bool:
         """Tell whether the request that a handler was called for is to clear set-id bits; before the first await."""

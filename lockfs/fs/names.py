@@ -200,9 +200,10 @@ class NameOperations(Base):
                 return
             held = await self._take([(parent, directory, name)], 0, owner, ctx)
             try:
+                await self.losing_name(held.found(0))
                 with effect.intend(identity=held.identity(0)):
                     await self.work.long(ctx, lambda: os.unlink(name, dir_fd=directory))
-                held.lost_name(0)
+                await self.lost_name(held.found(0))
                 effect.finish()
             finally:
                 await held.give_back()
@@ -220,9 +221,10 @@ class NameOperations(Base):
                 return
             found = await self.work.short(ctx, source.find, directory, name)
             try:
+                await self.losing_name(found)
                 with effect.intend(identity=(found.stat.st_dev, found.stat.st_ino)):
                     await self.work.long(ctx, lambda: os.rmdir(name, dir_fd=directory))
-                self.nodes.pin(found)
+                await self.lost_name(found)
                 effect.finish()
             finally:
                 found.close()
@@ -262,9 +264,13 @@ class NameOperations(Base):
                 places.pop()
             held = await self._take(places, 2 if flags & files.RENAME_EXCHANGE else 1, owner, ctx)
             try:
+                if replaces := not flags & files.RENAME_EXCHANGE:
+                    await self.losing_name(held.found(1))
                 with effect.intend(identity=held.identity(0), other=held.identity(1)):
                     await self.work.long(ctx, files.rename, old, name_old, new, name_new, flags)
                 held.renamed(old_parent, name_old, new_parent, name_new, flags)
+                if replaces:
+                    await self.lost_name(held.found(1))
                 effect.finish()
             finally:
                 await held.give_back()
@@ -335,28 +341,23 @@ class _Taken:
         """Tell whether every name still leads to what was found there."""
         return all(found is None or source.same(directory, name, found) for directory, name, found in self._found)
 
+    def found(self, which: int) -> Found | None:
+        """Return what a name leads to, None for nothing; it stays this object's."""
+        return self._found[which][2] if which < len(self._found) else None
+
     def identity(self, which: int) -> tuple[int, int]:
         """Return device and inode number of what a name leads to, (0, 0) for nothing."""
-        found = self._found[which][2] if which < len(self._found) else None
+        found = self.found(which)
         return (0, 0) if found is None else (found.stat.st_dev, found.stat.st_ino)
-
-    def lost_name(self, which: int) -> None:
-        """Keep what lost a name reachable, without one if need be, while the kernel knows it."""
-        found = self._found[which][2]
-        if found is not None:
-            self._operations.nodes.pin(found)
 
     def renamed(self, old_parent: Node, old: bytes, new_parent: Node, new: bytes, flags: int) -> None:
         """Bring the table up to date after a rename."""
         nodes = self._operations.nodes
-        moved = self._found[0][2]
-        other = self._found[1][2] if len(self._found) > 1 else None
+        moved, other = self.found(0), self.found(1)
         if moved is not None:
             nodes.moved(moved.key, new_parent, new)
         if other is not None and flags & files.RENAME_EXCHANGE:
             nodes.moved(other.key, old_parent, old)
-        elif other is not None:
-            self.lost_name(1)
 
     async def give_back(self) -> None:
         """Release the holds and close the descriptors."""

@@ -7,7 +7,8 @@ No storage is touched on the way, and no daemon is waited for that hangs.  The s
 * a mount daemon that has not done so within `PATIENCE` is killed, and lockd answers in its place (`keeper`) what has to
   be answered before its successor does.  The other choice would be that somebody goes on to write without a lock; a
   daemon that hangs serves nobody anyway;
-* who can still write by a way that no error stops is killed (`stragglers`).
+* who can still write by a way that no error stops is killed (`stragglers`); after a loss, on a mount with
+  ``onloss=kill``, everybody who has it open for writing.
 
 The lock itself stays lost, and held, until all who have the image open for writing have closed it.
 """
@@ -76,10 +77,14 @@ class Fencer:
                 nursery.start_soon(self._fence_and_tell, locks, why)
 
     async def _fence_and_tell(self, locks: Sequence[Lock], why: str) -> None:
-        """Fence, and tell the backend that others may get the images now: nobody here can write to them any more."""
-        targets = await self.fence(locks, why)
+        """Fence, and tell the backend that others may get the images now: nobody here can write to them any more.
+
+        Where what was being written hangs, it is told that when all have closed the image.
+        """
+        targets = await self.fence(locks, why, loss=True)
         for lock in locks:
-            certain = all(target.result().fenced for target in targets if target.lock is lock)
+            results = [target.result() for target in targets if target.lock is lock]
+            certain = all(each.fenced and each.drained for each in results)
             if not certain or lock.grant is None:
                 continue
             try:
@@ -101,8 +106,11 @@ class Fencer:
                 results.append(FenceResult(name, problems=[_why_not(each)]))
         return results
 
-    async def fence(self, locks: Iterable[Lock], reason: str) -> list[Target]:
-        """Fence images in all mounts by which they are held; return how it went."""
+    async def fence(self, locks: Iterable[Lock], reason: str, *, loss: bool = False) -> list[Target]:
+        """Fence images in all mounts by which they are held; return how it went.
+
+        *loss*: because their locks were lost, so that the option ``onloss`` counts.
+        """
         locks = list(locks)
         targets = [Target.of(lock, mounted) for lock in locks for mounted in _mounts_of(lock)]
         for lock in locks:
@@ -110,7 +118,7 @@ class Fencer:
         async with trio.open_nursery() as nursery:
             for mounted in {target.mounted.mount_id: target.mounted for target in targets}.values():
                 group = [target for target in targets if target.mounted is mounted]
-                nursery.start_soon(self._fence_mount, mounted, group, reason)
+                nursery.start_soon(self._fence_mount, mounted, group, reason, loss)
         for target in targets:
             self._tell(target, reason)
         return targets
@@ -123,7 +131,7 @@ class Fencer:
             Event("fenced", time.time(), mountpoint=mountpoint, image=target.path, reason=f"{reason}; {summary}")
         )
 
-    async def _fence_mount(self, mounted: Mounted, targets: list[Target], reason: str) -> None:
+    async def _fence_mount(self, mounted: Mounted, targets: list[Target], reason: str, loss: bool) -> None:
         mounted.fenced.update(node for target in targets for node in target.nodes)
         attachment = mounted.attachment
         if attachment is None:
@@ -132,6 +140,8 @@ class Fencer:
         with attachment.in_use():
             await self._declare_bad(mounted, attachment, targets, reason)
             await self._stragglers.stop(attachment, targets)
+            if loss and (doomed := [target for target in targets if _ends_users(target)]):
+                await self._stragglers.end(attachment, doomed, reason)
 
     async def _tell_daemon_alone(self, mounted: Mounted, targets: list[Target], reason: str) -> None:
         obeyed = await mounted.orders.fence(_images(targets), reason, PATIENCE)
@@ -194,6 +204,12 @@ async def _has_died(attachment: Attachment) -> bool:
         if died or trio.current_time() > until:
             return died
         await trio.sleep(DEATH_POLL)
+
+
+def _ends_users(target: Target) -> bool:
+    """Say whether those who have an image open are not to outlive the loss of its lock."""
+    forced = target.lock.grant is not None and target.lock.grant.forced
+    return forced or target.mounted.mount.options.get("onloss") == "kill"
 
 
 def _mounts_of(lock: Lock) -> Iterable[Mounted]:

@@ -5,23 +5,25 @@
 * Who splices into the image is looked for (`splicers`).
 * Where the kernel could not be made to refuse I/O, everybody who has the file open for writing is killed.
 
-Who only calls write(2) gets EIO, and lives.
+Who only calls write(2) gets EIO, and lives; unless the mount has `onloss=kill`, or the loss was forced (`end`).
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from functools import partial
 
 import trio
 
-from lockfs.linux import fuseinode
-from lockfs.linux.holders import Incomplete, Use
+from lockfs.linux import fuseinode, process
+from lockfs.linux.holders import Incomplete, Use, kill
 from lockfs.lockd.attachment import Attachment
 from lockfs.lockd.scans import Scans
 from lockfs.lockd.splicers import Watch, note_drained
 from lockfs.lockd.target import Target
 from lockfs.lockd.threads import TooSlow
+from lockfs.protocol.messages import KilledProcess
 
 DRAIN_PATIENCE = 1.0
 """Seconds for what is being written to end; a storage that hangs is not waited for."""
@@ -29,6 +31,8 @@ DEATH_PATIENCE = 1.0
 """Seconds for those who were killed to be gone."""
 DEATH_POLL = 0.01
 """Seconds between two looks whether they are."""
+
+log = logging.getLogger(__name__)
 
 
 class Stragglers:
@@ -57,6 +61,22 @@ class Stragglers:
                 await watch.run()
         note_drained(targets, drains)
         await self._see_them_gone(attachment.dev, nodes, targets)
+
+    async def end(self, attachment: Attachment, targets: Sequence[Target], why: str) -> None:
+        """Kill all who have *targets* open for writing, though no I/O of theirs succeeds any more; *why* for people.
+
+        Whoever cannot be found or killed is told of; the fence holds all the same.
+        """
+        nodes = {node for target in targets for node in target.nodes}
+        try:
+            uses = await self._scans.uses(attachment.dev, nodes)
+        except (Incomplete, OSError, TooSlow) as error:
+            log.error("not all who have %s open are known, to be ended: %s", _paths(targets), error or "too slow")
+            uses = error.found if isinstance(error, Incomplete) else []
+        for target in targets:
+            for use in uses:
+                if use.writable and use.ino in target.nodes:
+                    _end(target, use, why)
 
     async def _look(
         self, dev: int, nodes: set[int], targets: Sequence[Target], mappings_only: bool, *, exact: bool
@@ -97,6 +117,21 @@ class Stragglers:
         except (Incomplete, OSError, TooSlow):
             return pids
         return {use.pid for use in uses if use.writable and use.how != "ring"}
+
+
+def _end(target: Target, use: Use, why: str) -> None:
+    if use.pid in target.killed:
+        return
+    command = process.command(use.pid)
+    try:
+        if kill(use):
+            target.killed[use.pid] = KilledProcess(use.pid, command, f"had it open: {why}")
+    except PermissionError:
+        log.error("process %d (%s), which has %s open, cannot be killed", use.pid, command, target.path)
+
+
+def _paths(targets: Sequence[Target]) -> str:
+    return ", ".join(target.path for target in targets)
 
 
 def _kill(target: Target, uses: Iterable[Use]) -> None:

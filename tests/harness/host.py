@@ -79,6 +79,8 @@ class Host:
     run_dir: Path
     variables: dict[str, str] = field(default_factory=dict)
     mounts: list[Mount] = field(default_factory=list)
+    prefix: tuple[str, ...] = ()
+    """What its commands are started with."""
 
     @property
     def environment(self) -> dict[str, str]:
@@ -87,6 +89,7 @@ class Host:
             **os.environ,
             "LOCKFS_RUN_DIR": str(self.run_dir),
             "LOCKFS_HOST": self.name,
+            "LOCKFS_CONFIG": os.devnull,  # not that of this machine
             "LOCKFS_LOG": "file",
             "LOCKFS_IDLE_EXIT": "1",
             # A descriptor that is dropped instead of closed becomes a warning, hence a failure, in the log.
@@ -98,7 +101,7 @@ class Host:
         """Run a command of this host and return how it ended.  It is looked up beside Python first."""
         program = BIN / command[0] if (BIN / command[0]).exists() else command[0]
         return subprocess.run(
-            [program, *command[1:]],
+            [*self.prefix, program, *command[1:]],
             env=self.environment,
             stdin=subprocess.DEVNULL,
             capture_output=True,

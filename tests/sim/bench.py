@@ -86,9 +86,16 @@ class Bench:
         self.log = []
         try:
             action = next(operation)
+        except StopIteration as stop:
+            return stop.value  # type: ignore[no-any-return]
+        return self.go_on(operation, action)
+
+    def go_on(self, operation: Operation[T], action: Action) -> T:
+        """Run an operation to its end that has come to *action*."""
+        try:
             while True:
                 try:
-                    result = self._do(action)
+                    result = self.do(action)
                 except DiskError as error:
                     action = operation.throw(error)
                 else:
@@ -101,7 +108,7 @@ class Bench:
         self.log = []
         action = next(operation)
         while True:
-            result = self._do(action)
+            result = self.do(action)
             if len(self.ios) >= ios:
                 break
             action = operation.send(result)
@@ -119,7 +126,8 @@ class Bench:
         lease = [action.area is Area.LEASE for action in self.ios]
         return "".join(letter if on else letter.lower() for letter, on in zip(letters, lease, strict=True))
 
-    def _do(self, action: Action) -> bytes | None:
+    def do(self, action: Action) -> bytes | None:
+        """Do one action of an operation."""
         step = len(self.ios)
         self.log.append(action)
         if isinstance(action, Sleep):

@@ -23,6 +23,9 @@ from sim.scenario import DRIFT, Result
 from sim.station import GEOMETRY, SPACE
 from sim.world import SECTOR, SECTORS, Machine, Weather, World
 
+ENDS = 0.3
+"""How often a process does not go on after a membership, but another one begins in its place."""
+
 
 class Claimant(Machine):
     """A host that wants the host id."""
@@ -34,6 +37,8 @@ class Claimant(Machine):
         self.membership: Membership | None = None
         self.joined = 0
         self.clashes = 0
+        self.noted: tuple[int, float] | None = None
+        """What its processes note down for each other: generation, and last good renewal."""
 
     def believes(self) -> bool:
         """Say whether this host thinks that it has the host id, now."""
@@ -43,10 +48,10 @@ class Claimant(Machine):
     def live(self) -> Generator[Any, Any, None]:
         """Join, renew for a while, leave or just stop, and again."""
         random = Random(self.world.random.getrandbits(32))
-        membership = Membership(SPACE, GEOMETRY, self.timing, b"claimant-%d" % self.number, self.clock)
+        membership = self._fresh()
         while True:
             try:
-                yield from membership.join(1)
+                yield from membership.join(1, same_boot=True, noted=self.noted)
             except Clash:
                 self.clashes += 1
             except EngineError:
@@ -58,8 +63,20 @@ class Claimant(Machine):
                 self._alone()
                 yield from self._stay(membership, random)
                 self.membership = None
-            membership = membership.successor()
+            if random.random() < ENDS:
+                yield from self._end()
+                membership = self._fresh()
+            else:
+                membership = membership.successor()
             yield Sleep(random.random() * self.timing.fence)
+
+    def _fresh(self) -> Membership:
+        return Membership(SPACE, GEOMETRY, self.timing, b"claimant-%d" % self.number, self.clock)
+
+    def _end(self) -> Generator[Any, Any, None]:
+        """Wait until the process is wholly gone, with its last write; then another one may begin."""
+        while (ends := self.world.quiet_at(self)) > self.world.now:
+            yield Sleep((ends - self.world.now) * self.rate + 1e-6)
 
     def _stay(self, membership: Membership, random: Random) -> Generator[Any, Any, None]:
         end = self.clock() + random.random() * 4 * self.timing.fence
@@ -67,6 +84,7 @@ class Claimant(Machine):
             yield Sleep(max(membership.next_renewal - self.clock(), 0.0))
             try:
                 yield from membership.renew()
+                self.noted = (membership.generation, membership.last_success)
             except Lost as lost:
                 self.world.note(f"claimant {self.number} lost it: {lost}")
                 return

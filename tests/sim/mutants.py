@@ -74,7 +74,7 @@ MUTANTS = {
         "the own lease counts from after the write that renewed it",
     ),
     "zero-own-block": Mutant(
-        lease.Lease.release, "replace(self._block, flags=RELEASED)", "Dblock(flags=RELEASED)", 0,
+        lease.Lease.release, "replace(self._own.block, flags=RELEASED)", "Dblock(flags=RELEASED)", 0,
         "who gives a lease back zeroes its ballot block",
     ),
     "ignore-released": Mutant(
@@ -123,12 +123,16 @@ MUTANTS = {
         "a leader that a late write has set back is believed",
     ),
     "share-without-note": Mutant(
-        lease.Lease._share, "replace(self._block, flags=RELEASED), mode)", "replace(self._block, flags=RELEASED), NONE)", 1,
+        lease.Lease._share, "replace(self._own.block, flags=RELEASED), mode)", "replace(self._own.block, flags=RELEASED), NONE)", 1,
         "a shared hold is not noted on the disk",
     ),
     "believe-own-name": Mutant(
-        membership.Membership.join, "self._is_ours(found, same_boot)", "found.resource_name == self.name", 385,
+        membership.Membership.join, "self._is_ours(found, same_boot, noted)", "found.resource_name == self.name", 138,
         "any record under our name counts as a predecessor's, a claim that came late as well", claims=True,
+    ),
+    "believe-noted-generation": Mutant(
+        membership.Membership._is_ours, "(noted[0], self.timing.stamp(noted[1]))", "(noted[0], found.timestamp)", 2961,
+        "of what the process before has noted, only the generation counts: its last write may have come late", claims=True,
     ),
     "slow-claim": Mutant(
         membership.Membership.join, "self.clock() - began > short / 2", "False", 3,

@@ -97,6 +97,8 @@ class Station(Machine):
         """False: take nothing any more, and give everything back."""
         self._saved: tuple[int, int, float] | None = None
         """What a lockd leaves behind for its successor: host id, generation, and when the lease runs out."""
+        self._noted: tuple[int, float] | None = None
+        """What it leaves behind for a successor that comes too late: generation, and its last good renewal."""
         self._drained = 0.0
         """When the last write of all fenced sessions will have landed."""
         checker.register(self, timing.fence, careful=True)
@@ -137,7 +139,9 @@ class Station(Machine):
         while True:
             gone = self.world.now >= self._drained
             try:
-                yield from membership.join(self.number, predecessor_gone=gone, same_boot=self.ran_before)
+                yield from membership.join(
+                    self.number, predecessor_gone=gone, same_boot=self.ran_before, noted=self._noted
+                )
             except (Clash, StorageTrouble, BadArea, Lost) as error:
                 self.world.note(f"host {self.number} does not join: {error}")
                 membership = membership.successor()
@@ -161,6 +165,7 @@ class Station(Machine):
     def _save(self) -> None:
         if self.membership is not None and self.membership.joined:
             self._saved = (self.membership.host_id, self.membership.generation, self.membership.valid_until)
+            self._noted = (self.membership.generation, self.membership.last_success)
 
     def _renew_on(self) -> Generator[Any, Any, Membership]:
         membership = self.membership
@@ -377,7 +382,7 @@ class Station(Machine):
         self.counts.crashes += 1
         world.power_off(self, fabric)
         self.checker.died(self)
-        self.uses, self.leases, self.membership, self._saved, self._drained = {}, {}, None, None, 0.0
+        self.uses, self.leases, self.membership, self._saved, self._noted, self._drained = {}, {}, None, None, None, 0.0
         if downtime != float("inf"):
             world.at(world.now + downtime, self._reboot, self.epoch)
 

@@ -22,7 +22,7 @@ from sim.world import NEVER, SECTOR, SECTORS, Machine, Weather, World
 
 SEEDS = range(60)
 CLAIMS = range(60)
-WITHIN = 1000
+WITHIN = 4000
 """Each deliberate bug is caught within so many seeds."""
 LONG = os.environ.get("LOCKFS_LONG") == "1"
 

@@ -67,6 +67,24 @@ async def test_an_idle_host_does_not_trust_its_name_in_a_record_of_this_boot(ben
     assert (membership.host_id, membership.generation) == (1, 2)
 
 
+async def test_an_idle_host_trusts_a_record_that_the_lockd_before_has_noted(bench: Bench) -> None:
+    """Its write had ended, so nobody can have been there since."""
+    old = bench.joined(1, ALPHA)
+    bench.now += 10 * bench.timing.dead_after(0)
+    state = State(SPACE.hex(), "boot", 1, 1, ALPHA.encode(), old.last_success)
+    for idle in False, True:
+        claim = claim_of(bench)
+        assert await claim.resume(state) is None
+        if not idle:
+            before = dict(bench.areas), bench.now
+            bench.areas = {area: bytearray(data) for area, data in bench.areas.items()}
+        membership, took = await made(bench, claim, idle=idle)
+        assert (took < bench.timing.fence) is idle
+        assert (membership.host_id, membership.generation) == (1, 2)
+        if not idle:
+            bench.areas, bench.now = before
+
+
 async def test_after_an_earlier_boot_the_host_id_is_taken_at_once(bench: Bench) -> None:
     bench.joined(1, ALPHA)
     bench.now = 5.0

@@ -61,6 +61,7 @@ def test_defaults() -> None:
         "key": "inode",
         "managers": ("libvirtd", "virtqemud", "virtlockd"),
         "orphans": "keep",
+        "onloss": "fence",
     }
     assert options.backend == {"lease": 16.0}
     assert options.text == {"backend": "testing"}

@@ -39,15 +39,19 @@ def test_it_comes_back(file: StateFile, tmp_path: Path) -> None:
     file.forget()
 
 
-def test_leases_are_written_down(file: StateFile) -> None:
+def test_leases_are_written_down(file: StateFile, tmp_path: Path) -> None:
     assert file.held() == set()
-    file.note("i-1")
-    file.note("i-2")
-    file.note("i-1")
+    file.note("i-1", (7, 100))
+    file.note("i-2", (7, 200))
+    file.note("i-1", (7, 1))
     assert file.held() == {"i-1", "i-2"}
+    assert file.names() == {(7, 1): "i-1", (7, 200): "i-2"}
     file.drop("i-1")
     file.drop("i-1")
     assert file.held() == {"i-2"}
+    for damaged in (b"", b"7", b"7 -1", b"7 1 1", b"\xff"):
+        (tmp_path / "paxos-lease" / f"{b'space'.hex()}.held" / "i-2").write_bytes(damaged)
+        assert file.names() == {}
 
 
 def test_nothing_is_said_about_another_boot_or_lockspace(file: StateFile, tmp_path: Path) -> None:
@@ -113,7 +117,7 @@ def test_a_share_is_known_to_a_successor_while_leases_are_held(
     timing = Timing.own(16)
     Memory(str(tmp_path), b"/srv/images", "", timing).save(space)
     if gone != "the leases":
-        file.note("lease")
+        file.note("lease", (7, 1))
     if gone == "the boot":
         monkeypatch.setattr(identity, "boot_id", lambda: "another boot")
     if gone == "the file":

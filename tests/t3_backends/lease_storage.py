@@ -16,6 +16,11 @@ class TroubledFile:
         self._below = below
         self._path = path
 
+    @property
+    def identity(self) -> tuple[int, int]:
+        """Its device and inode number."""
+        return self._below.identity
+
     def read(self, offset: int, length: int) -> bytes:
         """Read, unless there is trouble."""
         self._trouble.meet("read", self._path)

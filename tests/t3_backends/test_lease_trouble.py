@@ -234,9 +234,9 @@ async def test_who_gives_up_an_acquire_holds_nothing(host: Open) -> None:
                 await a.acquire()
             trouble.hangs = lambda what, path: False
             if scope.cancelled_caught:
-                assert a.backend._held == {}  # type: ignore[attr-defined]
+                assert a.backend._in_use.all() == []  # type: ignore[attr-defined]
             else:
-                await a.release(next(iter(a.backend._held.values())).grant)  # type: ignore[attr-defined, arg-type]
+                await a.release(a.backend._in_use.all()[0].grant)  # type: ignore[attr-defined]
             await b.release(await b.acquire())
 
 
@@ -516,14 +516,15 @@ async def test_who_is_cancelled_while_the_card_is_written_has_no_lock_that_nobod
         backend = a.backend
         assert isinstance(backend, PaxosBackend)
         with trio.CancelScope() as scope:
-            real = backend._cards.write
+            cards = backend._people._cards
+            real = cards.write
 
             def write(*arguments: object) -> None:
                 trio.from_thread.run_sync(scope.cancel)
                 real(*arguments)  # type: ignore[arg-type]
 
-            backend._cards.write = write  # type: ignore[method-assign]
+            cards.write = write  # type: ignore[method-assign]
             grant = await a.acquire()
-        assert backend._held[backend._name(grant.image)].grant is grant
+        assert [held.grant for held in backend._in_use.all()] == [grant]
         await a.release(grant)
         await b.release(await b.acquire())

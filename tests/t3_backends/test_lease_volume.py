@@ -59,7 +59,7 @@ async def hosts(
 
 
 def volume(host: Station) -> LeaseVolume:
-    found = host.backend._place.below  # type: ignore[attr-defined]
+    found = host.backend._place.below.below  # type: ignore[attr-defined]
     assert isinstance(found, LeaseVolume)
     return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -495,3 +496,17 @@ def test_of_many_helpers_at_once_one_mounts(host: Host, storage: Path, tmp_path:
     stack = [each for each in mountinfo.read() if each.mountpoint == os.fsencode(mountpoint)]
     assert len(stack) == 1
     subprocess.run(["umount", mountpoint], check=True)
+
+
+def test_defaults_of_this_host(here: Here, tmp_path: Path) -> None:
+    file = tmp_path / "lockfs.toml"
+    here.host.variables["LOCKFS_CONFIG"] = str(file)
+    file.write_text("[options]\nwait = 'x'\n")
+    assert f"{file}: option wait=x: must be" in here.refused(USAGE, here.source, here.mountpoint)
+    file.write_text("[options]\nbackend = 'nop'\nwait = 3\n")
+    mount = here.host.mount(here.source, here.mountpoint, "wait=2")
+    status = json.loads(here.host.run("lockfs", "status", "--json").stdout)
+    assert [(each["mount"]["backend"], each["mount"]["options"]["wait"]) for each in status["mounts"]] == [("nop", "2")]
+    file.write_text("what was mounted needs it no more")
+    assert here.call("-o", "remount,ro", here.source, here.mountpoint).returncode == 0
+    mount.umount()

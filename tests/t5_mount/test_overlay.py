@@ -277,9 +277,9 @@ def test_the_size_of_a_held_image_is_true_after_it_changed_hands(two: tuple[Moun
 
 
 @contextmanager
-def small_filesystem(directory: Path, image: Path, megabytes: int = 8) -> Iterator[None]:
+def filesystem(directory: Path, image: Path, kind: str, megabytes: int) -> Iterator[None]:
     subprocess.run(["truncate", "-s", f"{megabytes}M", image], check=True)
-    subprocess.run(["mkfs.ext4", "-q", "-m", "0", image], check=True)
+    subprocess.run([f"mkfs.{kind}", "-q", image], check=True)
     subprocess.run(["mount", "-o", "loop", image, directory], check=True)
     try:
         yield
@@ -288,7 +288,7 @@ def small_filesystem(directory: Path, image: Path, megabytes: int = 8) -> Iterat
 
 
 def test_a_full_disk_is_the_callers_error_and_leaves_no_lock(host: Host, storage: Path, tmp_path: Path) -> None:
-    with small_filesystem(storage, tmp_path / "disk"):
+    with filesystem(storage, tmp_path / "disk", "ext4", 8):
         mount = host.mount(storage, tmp_path / "mnt")
         with Actor() as writer:
             fd = writer.call("open", mount / "big", os.O_WRONLY | os.O_CREAT)
@@ -305,6 +305,26 @@ def test_a_full_disk_is_the_callers_error_and_leaves_no_lock(host: Host, storage
         wait_until(lambda: host.locks() == [])
         mount.umount()
         wait_until(lambda: not host.processes())  # lockd lets go of the storage, too
+
+
+@pytest.mark.parametrize("data", ["passthrough", "gated"])
+def test_a_quota_is_the_callers_error_and_leaves_no_lock(host: Host, storage: Path, tmp_path: Path, data: str) -> None:
+    with filesystem(storage, tmp_path / "disk", "btrfs", 128):
+        subprocess.run(["btrfs", "-q", "quota", "enable", storage], check=True)
+        subprocess.run(["btrfs", "-q", "subvolume", "create", storage / "images"], check=True)
+        subprocess.run(["btrfs", "-q", "qgroup", "limit", "4M", storage / "images"], check=True)
+        mount = host.mount(storage / "images", tmp_path / "mnt", f"data={data}")
+        with Actor() as writer:
+            fd = writer.call("open", mount / "image", os.O_RDWR | os.O_CREAT)
+            results = [writer.result("write", fd, "x" * (1 << 20), at << 20) for at in range(8)]
+            assert (set(results), results[0], results[-1]) == ({"ok", "EDQUOT"}, "ok", "EDQUOT")
+            writer.call("close", fd)
+            assert host.locks() == []
+            read = writer.call("cat", mount / "image")  # the last write that was let through may be a short one
+            assert len(read) <= results.index("EDQUOT") << 20
+            assert read == (storage / "images" / "image").read_text() == "x" * len(read)
+        mount.umount()
+        wait_until(lambda: not host.processes())
 
 
 def test_a_read_only_source_refuses_writers_and_leaves_no_lock(host: Host, storage: Path, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ set -e
 # This machine has no mounts of lockfs; a copy of one would also keep its daemon alive.
 findmnt -rn -t fuse.lockfs -o TARGET | xargs -r umount -l
 mount -t tmpfs none "$1"
-for directory in "$(readlink -f /sbin)" /usr/local/bin; do
+for directory in "$(readlink -f /sbin)" /usr/local/bin /usr/local/share; do
     layers="$1$directory"
     mkdir -p "$layers/upper" "$layers/work"
     mount -t overlay -o "lowerdir=$directory,upperdir=$layers/upper,workdir=$layers/work" none "$directory"
@@ -157,6 +157,7 @@ def test_a_second_run_does_only_what_is_missing(machine: Machine) -> None:
     said = machine.quickstart("--install")
     assert "up to date" in said
     assert "Installing" not in said
+    assert ".TH MOUNT.LOCKFS 8" in machine.run("cat", "/usr/local/share/man/man8/mount.lockfs.8").stdout
     link = machine.run("readlink", "/sbin/mount.fuse.lockfs")
     assert link.stdout == f"{machine.prefix}/bin/mount.lockfs\n"
 
@@ -231,5 +232,6 @@ def test_uninstall(machine: Machine) -> None:
     said = machine.quickstart("--uninstall")
     assert f"removed {machine.prefix}" in said
     assert not machine.prefix.exists()
-    assert machine.run("sh", "-c", "ls /sbin/mount.lockfs /sbin/mount.fuse.lockfs /usr/local/bin/lockfs").stdout == ""
+    links = "/sbin/mount.lockfs /sbin/mount.fuse.lockfs /usr/local/bin/lockfs /usr/local/share/man/man8/lockfs.8"
+    assert machine.run("sh", "-c", f"ls {links}").stdout == ""
     machine.quickstart("--uninstall")

@@ -43,6 +43,13 @@ def fill(parser: argparse.ArgumentParser) -> None:
     each = actions.add_parser("repair", parents=[looking], help="mend what can be mended without any doubt")
     each.add_argument("--yes", action="store_true", help="write without asking")
     each.set_defaults(run=_repair)
+    each = actions.add_parser("prune", help="remove leases of images that are not there any more")
+    each.add_argument("source", help="the directory of the images, as it is mounted")
+    each.add_argument("--leases", default="", metavar="DIR",
+                      help="as the mount option (default: SOURCE/.lockfs/leases)")  # fmt: skip
+    each.add_argument("--dry-run", action="store_true", help="only list them")
+    each.add_argument("--json", action="store_true", help="print JSON")
+    each.set_defaults(run=_prune)
     making = argparse.ArgumentParser(add_help=False)
     making.add_argument("place", help="a file, which is made if it is not there, a device, or FILE:OFFSET")
     making.add_argument("--lockspace", required=True, metavar="NAME", help="name of the lockspace, 48 bytes at most")
@@ -162,6 +169,12 @@ def _create(arguments: argparse.Namespace) -> int:
     return _made(
         arguments, make.lease(_making(arguments, DEFAULT_IO_TIMEOUT), _name(arguments.name), arguments.num_hosts)
     )
+
+
+def _prune(arguments: argparse.Namespace) -> int:
+    from lockfs_paxos_lease.cli import pruning  # it brings in trio
+
+    return pruning.prune(arguments.source, arguments.leases, dry_run=arguments.dry_run, as_json=arguments.json)
 
 
 def _timetable(arguments: argparse.Namespace) -> int:

@@ -24,6 +24,10 @@ _buffers = Buffers()
 class RawFile(Protocol):
     """What is asked of an open file.  Every method raises OSError, and is called by any number of threads at once."""
 
+    @property
+    def identity(self) -> tuple[int, int]:
+        """Its device and inode number."""
+
     def read(self, offset: int, length: int) -> bytes:
         """Return exactly *length* bytes."""
 
@@ -46,6 +50,8 @@ class DiskFile:
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
+        info = os.fstat(fd)
+        self.identity = (info.st_dev, info.st_ino)
 
     def read(self, offset: int, length: int) -> bytes:
         """Return exactly *length* bytes, in one I/O.  Raises OSError: EIO if there are fewer."""
@@ -81,10 +87,18 @@ class Disks:
         overwritten; but for those that no other host can have mounted.
         """
         try:
-            return DiskFile(os.open(path, _FLAGS | os.O_DIRECT, dir_fd=dir_fd))
+            return _opened(os.open(path, _FLAGS | os.O_DIRECT, dir_fd=dir_fd))
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
             if self._fstype not in ONE_HOST:
                 raise OSError(errno.EINVAL, "the filesystem has no direct I/O (O_DIRECT), which leases need") from error
-        return DiskFile(os.open(path, _FLAGS, dir_fd=dir_fd))
+        return _opened(os.open(path, _FLAGS, dir_fd=dir_fd))
+
+
+def _opened(fd: int) -> DiskFile:
+    try:
+        return DiskFile(fd)
+    except OSError:
+        os.close(fd)
+        raise

@@ -74,10 +74,10 @@ class Hosts:
         self.covered = 0
         """Host ids up to this one have been looked at."""
 
-    def observe(self, area: bytes, began: float, now: float, own_id: int) -> tuple[bool, list[Event]]:
+    def observe(self, area: bytes, began: float, now: float, own_id: int) -> tuple[list[int], list[Event]]:
         """Take in the first sectors of the lockspace, at least up to the last one known, read from *began* to *now*.
 
-        Return whether a host asks us to look at requests, and what events there are for us.
+        Return which hosts ask us to look at requests, and what events there are for us.
         """
         size = self._geometry.sector
         if not self.covered:
@@ -87,13 +87,14 @@ class Hosts:
         changed = [number + 1 for number in scan.differing(area[:common], self._seen[:common], size)]
         changed += self._used(area, common // size + 1)
         self.last_check = began
-        called, events = False, []
+        callers: list[int] = []
+        events: list[Event] = []
         for host_id in changed:
             sector = area[(host_id - 1) * size : host_id * size]
             if self._take(host_id, sector, now) and host_id != own_id:
                 _, bitmap = delta.decode(sector)
                 if delta.is_called(bitmap, own_id):
-                    called = True
+                    callers.append(host_id)
                     leader = Leader.decode(sector)
                     if leader.write_generation:
                         events.append(Event(
@@ -102,7 +103,7 @@ class Hosts:
                         ))  # fmt: skip
         self._seen = area  # of what a shorter look leaves out the next long one decodes the used records again
         self.covered = max(self.covered, min(len(area) // size, self._geometry.max_hosts))
-        return called, events
+        return callers, events
 
     def _used(self, area: bytes, first: int) -> list[int]:
         """Return the host ids from *first* on that were ever used; most were not, so nothing is decoded."""

@@ -26,9 +26,11 @@ from random import Random
 from lockfs_paxos_lease.engine.actions import Operation, Sleep
 from lockfs_paxos_lease.engine.area import LeaseArea
 from lockfs_paxos_lease.engine.attempt import Attempt, Seen
-from lockfs_paxos_lease.engine.ballot import Ballot, Outrun, Value, checked, host_blocks, next_mbal
-from lockfs_paxos_lease.engine.errors import AGAIN, ALREADY, EngineError, Held, Lost
+from lockfs_paxos_lease.engine.ballot import Ballot, Outrun, Value, next_mbal
+from lockfs_paxos_lease.engine.blocks import Blocks, checked, host_blocks
+from lockfs_paxos_lease.engine.errors import AGAIN, ALREADY, NOT_FOUND, EngineError, Held, Lost
 from lockfs_paxos_lease.engine.membership import Membership
+from lockfs_paxos_lease.engine.own import Own
 from lockfs_paxos_lease.engine.owner import await_end
 from lockfs_paxos_lease.format.dblock import NEVER, NONE, RELEASED, SHARED, Dblock, ModeBlock
 from lockfs_paxos_lease.format.errors import Code
@@ -63,15 +65,13 @@ class Lease:
         self.untidy = False
         self.area = LeaseArea(name, membership, num_hosts)
         self._random = random
-        self._leader = Leader(0, 0)
-        self._block = NEVER
-        self._mode_block = NONE
+        self._own = Own(self.area)
         self._last_time = 0
 
     @property
     def version(self) -> int:
         """The fencing token: the version of the lease that this host got.  Means something while it is held."""
-        return self._leader.lver
+        return self._own.leader.lver
 
     # Getting it.
 
@@ -84,7 +84,7 @@ class Lease:
         """
         if self.mode is not None:
             raise EngineError(-errno.EEXIST, "this host holds the lease already")
-        self._mode_block = NONE
+        self._own.mode = NONE
         attempt = yield from self._begin(mode is Mode.SHARED, wait, version, num_hosts)
         yield from self._win(attempt)
         if mode is Mode.SHARED:
@@ -101,7 +101,7 @@ class Lease:
         To shared: nobody gets in between.  To exclusive: raises `Held` if another host shares it, and it stays shared.
         """
         if self.mode is None:
-            raise EngineError(-errno.ENOENT, "this host does not hold the lease")
+            raise EngineError(NOT_FOUND, "this host does not hold the lease")
         if self.mode is mode:
             raise EngineError(ALREADY, f"the lease is held {mode.value} already")
         self.membership.check()
@@ -115,7 +115,7 @@ class Lease:
         yield from self._win(attempt)
         if attempt.shared:
             yield from self._outlive(attempt.shared)
-        yield from self._write_own(replace(self._block, flags=0), NONE)
+        yield from self._own.write(replace(self._own.block, flags=0), NONE)
         self.membership.check()
         self.mode, self.untidy = mode, False
         return self.version
@@ -167,18 +167,14 @@ class Lease:
     def _survey(self, area: bytes, cur: Leader, attempt: Attempt) -> Seen:
         """Return what the blocks say; make our wish unlike any earlier one of ours."""
         membership = self.membership
-        seen = Seen(area[:LEADER_SIZE], NEVER, 0, cur.lver + 1)
-        times = [self._last_time, membership.timing.stamp(membership.clock()) - 1]
+        blocks = Blocks(membership.geometry, cur.num_hosts, membership.host_id, cur.lver + 1)
+        for host_id, (_, mode) in blocks.look(area).items():
+            if mode.is_shared and host_id != membership.host_id:
+                attempt.shared[host_id] = mode.generation
+        seen = Seen(area[:LEADER_SIZE], blocks, max(cur.lver + 1, blocks.version))
+        times = [self._last_time, membership.timing.stamp(membership.clock()) - 1, blocks.time]
         if cur.owner_id == membership.host_id:
             times.append(cur.timestamp)
-        for host_id, block, mode in host_blocks(area, membership.geometry, cur.num_hosts):
-            seen.mbal, seen.version = max(seen.mbal, block.mbal), max(seen.version, block.lver)
-            if block.inp == membership.host_id:
-                times.append(block.inp3)
-            if host_id == membership.host_id:
-                seen.own = block
-            elif mode.is_shared:
-                attempt.shared[host_id] = mode.generation
         if not attempt.wish.time:
             self._last_time = max(times) + 1
             attempt.wish = replace(attempt.wish, time=self._last_time)
@@ -205,21 +201,22 @@ class Lease:
         False also where the leader has changed: the attempt begins anew.
         """
         membership = self.membership
-        me, stride, own = membership.host_id, cur.max_hosts, seen.own
-        mbal = next_mbal(seen.mbal, me, stride)
+        me, stride = membership.host_id, cur.max_hosts
+        own, _ = seen.blocks.counting.get(me, (NEVER, NONE))
+        mbal = next_mbal(seen.blocks.mbal, me, stride)
         for _ in range(MAX_BALLOTS):
             if not seen.fresh:
                 there = yield from self.area.read_leader()
                 if there.lver == seen.version and _value(there) == attempt.wish:
-                    self._leader = there  # somebody else has finished our ballot for us
+                    self._own.leader = there  # somebody else has finished our ballot for us
                     membership.check()
                     return True
                 if there != cur:
                     return False
             seen.fresh = False
             ballot = Ballot(
-                membership.geometry, seen.leader, me, cur.num_hosts, seen.version, mbal, attempt.wish, self._mode_block,
-                shared=attempt.shared,
+                membership.geometry, seen.leader, seen.blocks, me, cur.num_hosts, seen.version, mbal, attempt.wish,
+                self._own.mode, shared=attempt.shared,
             )  # fmt: skip
             try:
                 value = yield from self._run(ballot, own)
@@ -239,10 +236,10 @@ class Lease:
         """Run one ballot.  Raises `Outrun`, `BadArea`."""
         self.untidy = True
         sector = ballot.phase1(own)
-        self._block = ballot.block
+        self._own.block = ballot.block
         yield from self.area.write_host(ballot.host_id, sector)
         sector = ballot.promised((yield from self.area.read_ballot(ballot.num_hosts)))
-        self._block = ballot.block
+        self._own.block = ballot.block
         yield from self.area.write_host(ballot.host_id, sector)
         return ballot.settled((yield from self.area.read_ballot(ballot.num_hosts)))
 
@@ -260,20 +257,20 @@ class Lease:
         flags = cur.flags
         if value.host_id == membership.host_id:
             flags = flags | SHORT_HOLD if attempt.short else flags & ~SHORT_HOLD
-        self._leader = replace(
+        self._own.leader = replace(
             cur, lver=version, owner_id=value.host_id, owner_generation=value.generation, timestamp=value.time,
             flags=flags, num_hosts=min(max(cur.num_hosts, attempt.num_hosts), cur.max_hosts),
             write_id=membership.host_id, write_generation=membership.generation,
             write_timestamp=timing.stamp(membership.clock()),
         ).sealed()  # fmt: skip
-        yield from self.area.write_leader(self._leader, not_after)
+        yield from self.area.write_leader(self._own.leader, not_after)
         membership.check()
         return ours
 
     def _withdraw(self, cur: Leader) -> Operation[None]:
         """Before giving up: mark a proposal of ours that might still be adopted as released."""
-        if self._block.lver > cur.lver and self.untidy:
-            yield from self._write_own(replace(self._block, flags=RELEASED), self._mode_block)
+        if self._own.block.lver > cur.lver and self.untidy:
+            yield from self._own.write(replace(self._own.block, flags=RELEASED), self._own.mode)
         self.untidy = False
 
     # Sharing it.
@@ -281,8 +278,8 @@ class Lease:
     def _share(self) -> Operation[None]:
         """Note ourselves down as a sharer, then free the leader."""
         mode = ModeBlock(SHARED, self.membership.generation)
-        yield from self._write_own(replace(self._block, flags=RELEASED), mode)
-        if code := (yield from self._free_leader()):
+        yield from self._own.write(replace(self._own.block, flags=RELEASED), mode)
+        if code := (yield from self._own.free_leader()):
             raise EngineError(code, "another host has taken the lease over")
 
     def _outlive(self, shared: dict[int, int]) -> Operation[None]:
@@ -296,8 +293,8 @@ class Lease:
             if not mode.is_shared or not mode.generation:
                 continue
             if hosts.holds_on(host_id, mode.generation):
-                yield from self._write_own(replace(self._block, flags=RELEASED), self._mode_block)
-                yield from self._free_leader()
+                yield from self._own.write(replace(self._own.block, flags=RELEASED), self._own.mode)
+                yield from self._own.free_leader()
                 self.untidy = False
                 raise Held(AGAIN, f"it is shared by host id {host_id}", host_id, mode.generation)
             checked(block, host_id, self.membership.geometry)
@@ -314,43 +311,32 @@ class Lease:
         """
         mode, self.mode = self.mode, None
         if mode is None:
-            raise EngineError(-errno.ENOENT, "this host does not hold the lease")
-        self.untidy, self._mode_block = True, NONE
+            raise EngineError(NOT_FOUND, "this host does not hold the lease")
+        self.untidy, self._own.mode = True, NONE
         try:
             self.membership.check()
         except Lost:
             self.untidy = False
             return 0
         yield from self.area.quiet()
-        yield from self._write_own(replace(self._block, flags=RELEASED), NONE)
+        yield from self._own.write(replace(self._own.block, flags=RELEASED), NONE)
         result = 0
         if mode is Mode.EXCLUSIVE:
-            result = yield from self._free_leader()
+            result = yield from self._own.free_leader()
         self.untidy = False
         return result
 
-    def _free_leader(self) -> Operation[int]:
-        """Free the leader that names us the owner, if we wrote it.  Return 0 or sanlock's code."""
-        there = yield from self.area.read_leader()
-        ours = self._leader
-        if there != ours and there.lver >= ours.lver:
-            if there.write_id != self.membership.host_id:
-                return 0  # our block says that it is free, and the leader is not ours to touch
-            return Code.RELEASE_LVER if there.lver != ours.lver else Code.RELEASE_OWNER
-        if ours.write_id != self.membership.host_id and there == ours:
-            return 0
-        # A leader that is older than what we hold was set back by a write that came late: put it right.
-        membership = self.membership
-        yield from self.area.write_leader(self._freed(ours), membership.valid_until)
-        return 0
+    def retire(self) -> Operation[None]:
+        """Have nobody get the lease any more, ourselves included: before its place on the storage is given up.
 
-    def _freed(self, leader: Leader) -> Leader:
-        membership = self.membership
-        return replace(
-            leader, timestamp=0, flags=leader.flags & ~SHORT_HOLD,
-            write_id=membership.host_id, write_generation=membership.generation,
-            write_timestamp=membership.timing.stamp(membership.clock()),
-        ).sealed()  # fmt: skip
+        It is held exclusively.  Whoever finds it so raises `BadArea`, also those who began to want it long before.
+        Raises `Lost`, `StorageTrouble`: then it may be retired or not, and is not held.
+        """
+        if self.mode is not Mode.EXCLUSIVE:
+            raise EngineError(NOT_FOUND, "this host does not hold the lease exclusively")
+        yield from self.area.quiet()
+        self.mode = None
+        yield from self._own.clear_leader()
 
     def tidy(self) -> Operation[None]:
         """Take back what a failed or abandoned operation may have left on the disk.
@@ -367,10 +353,8 @@ class Lease:
         yield from self.area.quiet()
         membership = self.membership
         mode = ModeBlock(SHARED, membership.generation) if self.mode is Mode.SHARED else NONE
-        yield from self._write_own(replace(self._block, flags=RELEASED), mode)
-        leader = yield from self.area.read_leader()
-        if leader.timestamp and self._names_us(leader) and leader.write_id == membership.host_id:
-            yield from self.area.write_leader(self._freed(leader), membership.valid_until)
+        yield from self._own.write(replace(self._own.block, flags=RELEASED), mode)
+        yield from self._own.take_back()
         self.untidy = False
 
     def adopt(self, granted: Mode | None = None) -> Operation[Mode | None]:
@@ -389,24 +373,17 @@ class Lease:
                 own, mode = block, noted
             else:
                 shared = shared or noted.is_shared
-        self._leader, self._block = leader, own
-        owner = bool(leader.timestamp) and self._names_us(leader)
+        self._own.leader, self._own.block = leader, own
+        owner = bool(leader.timestamp) and self._own.is_named_by(leader)
         sure = granted is Mode.EXCLUSIVE or not shared
         if mode.is_shared and mode.generation == membership.generation:
-            self.mode, self._mode_block, self.untidy = Mode.SHARED, mode, owner
+            self.mode, self._own.mode, self.untidy = Mode.SHARED, mode, owner
         elif owner and not own.is_released and sure and not leader.flags & SHORT_HOLD:
             self.mode = Mode.EXCLUSIVE
         else:
             pending = own.lver > leader.lver and own.bal and not own.is_released
             self.untidy = bool(owner or pending)
         return self.mode
-
-    def _names_us(self, leader: Leader) -> bool:
-        return (leader.owner_id, leader.owner_generation) == (self.membership.host_id, self.membership.generation)
-
-    def _write_own(self, block: Dblock, mode: ModeBlock) -> Operation[None]:
-        self._block, self._mode_block = block, mode
-        yield from self.area.write_blocks(self.membership.host_id, block, mode)
 
 
 def _value(leader: Leader) -> Value:

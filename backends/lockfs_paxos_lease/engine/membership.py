@@ -13,34 +13,36 @@ One `Membership` is one incarnation.  `renew` is to be run by one task, at `next
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from lockfs_paxos_lease.engine.actions import Area, Clock, DiskError, NotIssued, Operation, Settle, Sleep, Write, read
-from lockfs_paxos_lease.engine.errors import NO_LOCKSPACE, BadArea, Clash, Lost, StorageTrouble
+from lockfs_paxos_lease.engine.actions import Clock, DiskError, NotIssued, Operation, Sleep
+from lockfs_paxos_lease.engine.errors import NO_LOCKSPACE, Clash, Lost, StorageTrouble
 from lockfs_paxos_lease.engine.hosts import Event, Hosts
+from lockfs_paxos_lease.engine.records import Records
 from lockfs_paxos_lease.engine.timing import Timing
 from lockfs_paxos_lease.format import delta, names
 from lockfs_paxos_lease.format.errors import BadRecord, Code
-from lockfs_paxos_lease.format.leader import DELTA_MAGIC, SIZE, Leader, validate_delta
+from lockfs_paxos_lease.format.leader import DELTA_MAGIC, Leader, validate_delta
 from lockfs_paxos_lease.format.size import Geometry
 
 MAX_NAME = 47
 """sanlock writes at most so many bytes of a host name, and a zero."""
 CLAIM = 1
 """In `Leader.unused1` of a delta record: the claim of a host that has not joined yet."""
-_FULL_LOOK = 16
-"""Every so many renewals the whole lockspace is read, otherwise only as far as host ids were seen in use."""
 _PAGE = 4096
 _CALL = 6
 """A bit in the bitmap stays for so many times `io_timeout`."""
+_FULL_LOOK = 5
+"""Every so many renewals the whole lockspace is read, otherwise only as far as host ids were seen in use: so that each
+comes while a bit stays, for it may be a host that was not known before that calls.  sanlock reads all each time."""
 
 
 @dataclass(frozen=True, slots=True)
 class Renewal:
-    """What a successful renewal has shown: somebody asks us to look at requests; events for us; how long it took."""
+    """What a successful renewal has shown: which hosts ask us to look at requests; events for us; how long it took."""
 
-    called: bool
+    callers: Sequence[int] = ()
     events: list[Event] = field(default_factory=list)
     read_seconds: float = 0.0
     write_seconds: float = 0.0
@@ -58,6 +60,7 @@ class Membership:
         self.name = name
         self.clock = clock
         self.hosts = Hosts(space, geometry, timing)
+        self._records = Records(space, geometry, timing)
         self.host_id = 0
         self.generation = 0
         self.last_success = 0.0
@@ -110,21 +113,25 @@ class Membership:
 
     # Joining.
 
-    def join(self, host_id: int, *, predecessor_gone: bool = True, same_boot: bool = False) -> Operation[None]:
+    def join(
+        self, host_id: int, *, predecessor_gone: bool = True, same_boot: bool = False,
+        noted: tuple[int, float] | None = None,
+    ) -> Operation[None]:  # fmt: skip
         """Claim *host_id* as a new incarnation.
 
         A host id that is held must stand still for the long delay first, unless it is held under our own name, the
         caller knows that nobody acts any more under what that incarnation held (*predecessor_gone*), and nobody else
-        can have claimed it since (`_is_ours`).  *same_boot*: the predecessor ran, or may have run, in this boot.
+        can have claimed it since (`_is_ours`).  *same_boot*: the predecessor ran, or may have run, in this boot;
+        *noted*: then its generation, and when it began the last renewal that it knew to be good.
         After a membership that was lost, or a claim that failed, go on with its `successor`.
         Raises `Clash`, `BadArea`, `StorageTrouble`.
         """
         if not 1 <= host_id <= self.geometry.max_hosts:
             raise ValueError(f"host ids are from 1 to {self.geometry.max_hosts}, not {host_id}")
-        yield from self._quiet()
+        yield from self._records.quiet()
         began = self.clock()
-        found = yield from self._read_record(host_id)
-        if found.timestamp and not (predecessor_gone and self._is_ours(found, same_boot)):
+        found = yield from self._records.read(host_id)
+        if found.timestamp and not (predecessor_gone and self._is_ours(found, same_boot, noted)):
             began, found = yield from self._stands_still(host_id, found)
         self._trusted = found
         short = self.timing.short_delay(found.io_timeout)
@@ -142,15 +149,21 @@ class Membership:
         self._unsure = False
         self.host_id, self.generation = host_id, claim.owner_generation
 
-    def _is_ours(self, found: Leader, same_boot: bool) -> bool:
+    def _is_ours(self, found: Leader, same_boot: bool, noted: tuple[int, float] | None) -> bool:
         """Say whether a record under our name is that of a predecessor, and nobody has claimed the host id since.
 
         A claim or a renewal of ours that came late may stand where another host had claimed the host id, and that host
         need not have noticed yet.  So the record must not be a claim; where we know what was there last, it must be
         that; and in the same boot it must be so young that no other host could have taken the predecessor for dead.
+
+        What we know to have been there is there for the first time: its write had ended, so nothing has put it back.
+        A renewal whose outcome was unknown when the lease was lost is no such thing, even if nothing was held under it:
+        it may have landed when others had the right to the host id.  Then the long delay is the only way to know.
         """
         if not names.same(found.resource_name, self.name) or found.unused1 == CLAIM:
             return False
+        if noted is not None and (found.owner_generation, found.timestamp) == (noted[0], self.timing.stamp(noted[1])):
+            return True
         if self._trusted is not None or self._succeeds:
             return found == self._trusted
         age = self.clock() - self.timing.seconds(found.timestamp)
@@ -172,7 +185,7 @@ class Membership:
         while True:
             yield Sleep(min(until - self.clock(), self.timing.renewal))
             stood = self.clock() >= until
-            there = yield from self._read_record(host_id)
+            there = yield from self._records.read(host_id)
             if there != claim:
                 raise self._clash(host_id, there)
             now = self.clock()
@@ -184,7 +197,7 @@ class Membership:
 
     def _write_claim(self, host_id: int, claim: Leader, not_after: float) -> Operation[None]:
         try:
-            yield self._write(host_id, delta.encode(claim, b"", self.geometry.sector), not_after)
+            yield self._records.write(host_id, delta.encode(claim, b"", self.geometry.sector), not_after)
         except DiskError as error:
             raise StorageTrouble(Code.LEADER_WRITE, f"the claim of host id {host_id} failed: {error}") from error
 
@@ -196,7 +209,7 @@ class Membership:
             left = since + delay - self.clock()
             yield Sleep(min(self.timing.renewal, left) if left > 0 else self.timing.poll / 2)
             began = self.clock()
-            there = yield from self._read_record(host_id)
+            there = yield from self._records.read(host_id)
             if there.timestamp == 0:
                 return began, there
             if there != found:
@@ -212,8 +225,8 @@ class Membership:
         then everything that it held must be fenced, and `join` begins a new incarnation.
         Raises `BadArea`, `StorageTrouble`.
         """
-        yield from self._quiet()
-        there = yield from self._read_record(host_id)
+        yield from self._records.quiet()
+        there = yield from self._records.read(host_id)
         who = (there.owner_id, there.owner_generation)
         if who != (host_id, generation) or not names.same(there.resource_name, self.name) or not there.timestamp:
             return False
@@ -238,20 +251,17 @@ class Membership:
         Raises `Lost`: fence.  Raises `StorageTrouble`: try again after `Timing.retry`, until `valid_until`.
         """
         self.check()
-        yield from self._quiet()
+        yield from self._records.quiet()
         started = self.clock()
         length = self._look_length()
-        try:
-            area = yield from read(Area.LOCKSPACE, 0, length, self.timing.io_timeout)
-        except DiskError as error:
-            raise StorageTrouble(Code.LEADER_READ, f"the lockspace could not be read: {error}") from error
+        area = yield from self._records.look(length)
         seen = self.clock()
         offset = self.geometry.delta_offset(self.host_id)
         self._verify(area[offset : offset + self.geometry.sector])
-        called, events = self.hosts.observe(area, started, seen, self.host_id)
+        callers, events = self.hosts.observe(area, started, seen, self.host_id)
         self._looks += 1
         yield from self._write_renewal()
-        return Renewal(called, events, seen - started, self.clock() - seen)
+        return Renewal(callers, events, seen - started, self.clock() - seen)
 
     def _write_renewal(self) -> Operation[None]:
         self.check()
@@ -265,7 +275,7 @@ class Membership:
         sector = delta.encode(record, delta.bitmap_of(self._calls), self.geometry.sector)
         unsure, self._unsure = self._unsure, True
         try:
-            yield self._write(self.host_id, sector, until, max(until - now, 0.0))
+            yield self._records.write(self.host_id, sector, until, max(until - now, 0.0))
         except NotIssued:
             self._unsure = unsure
             self.check()
@@ -299,7 +309,7 @@ class Membership:
         """Return how much of the lockspace to read: all of it now and then, otherwise as far as it is in use."""
         size = self.geometry.sector
         everything = self.geometry.max_hosts * size
-        if self._looks % _FULL_LOOK:
+        if not self.timing.is_sanlock and self._looks % _FULL_LOOK:
             highest = max([self.host_id, *self.hosts.known()[-1:]])
             everything = min(everything, highest * size)
         return min(-(-everything // _PAGE) * _PAGE, self.geometry.align)
@@ -314,38 +324,17 @@ class Membership:
         self.check()
         if self._unsure:
             raise StorageTrouble(Code.LEADER_WRITE, "the last renewal failed, so the host id is left to run out")
-        yield from self._quiet()
+        yield from self._records.quiet()
         sector = delta.encode(replace(self._record, timestamp=0).sealed(), b"", self.geometry.sector)
         host_id, until = self.host_id, self.valid_until
         self.generation = 0
         self.why_lost = Lost(NO_LOCKSPACE, "this host has left the lockspace")
         try:
-            yield self._write(host_id, sector, until)
+            yield self._records.write(host_id, sector, until)
         except DiskError as error:
             raise StorageTrouble(Code.LEADER_WRITE, f"the host id could not be freed: {error}") from error
 
     # The others.
-
-    def survey(self) -> Operation[list[tuple[int, Leader]]]:
-        """Return all records of host ids that were ever used, with their ids; bad ones raise `BadArea`."""
-        try:
-            area = yield from read(Area.LOCKSPACE, 0, self.geometry.align, self.timing.io_timeout)
-        except DiskError as error:
-            raise StorageTrouble(Code.LEADER_READ, f"the lockspace could not be read: {error}") from error
-        return list(self._records(area))
-
-    def _records(self, area: bytes) -> Iterator[tuple[int, Leader]]:
-        size = self.geometry.sector
-        plain = b""
-        for host_id in range(1, self.geometry.max_hosts + 1):
-            sector = area[(host_id - 1) * size : (host_id - 1) * size + SIZE]
-            if sector == plain:
-                continue
-            leader = self._believed(sector, host_id)
-            if leader.owner_generation or leader.timestamp:
-                yield host_id, leader
-            else:
-                plain = sector
 
     def confirm_dead(self, host_id: int) -> Operation[None]:
         """Take an administrator's word that a host is dead: its leases may be had at once.
@@ -353,7 +342,7 @@ class Membership:
         Watches the host for somewhat more than the time in which it would renew, and raises `Clash` if it does.
         Raises `BadArea`, `StorageTrouble`.
         """
-        first = yield from self._read_record(host_id)
+        first = yield from self._records.read(host_id)
         slot = self.hosts.slot(host_id)
         since = self.clock()
         if slot is not None and (slot.generation, slot.timestamp) == (first.owner_generation, first.timestamp):
@@ -361,7 +350,7 @@ class Membership:
         period = self.timing.renewal * (first.io_timeout or self.timing.stored) / self.timing.stored
         while (left := since + 1.5 * period - self.clock()) > 0:
             yield Sleep(min(self.timing.poll, left))
-            there = yield from self._read_record(host_id)
+            there = yield from self._records.read(host_id)
             if (there.owner_generation, there.timestamp) != (first.owner_generation, first.timestamp):
                 name = names.shown(there.resource_name)
                 raise Clash(Code.ACQUIRE_ID_LIVE, f"host {name} (id {host_id}) has just renewed its lease: it lives",
@@ -370,39 +359,7 @@ class Membership:
 
     def read_host(self, host_id: int) -> Operation[Leader]:
         """Return the record of a host, checked in full.  Raises `BadArea`, `StorageTrouble`."""
-        return (yield from self._read_record(host_id))
-
-    # The disk.
-
-    def _quiet(self) -> Operation[None]:
-        try:
-            yield Settle(Area.LOCKSPACE, self.timing.io_timeout)
-        except DiskError as error:
-            what = "an earlier write to the lockspace has not ended yet"
-            raise StorageTrouble(Code.IO_TIMEOUT, what) from error
-
-    def _write(self, host_id: int, sector: bytes, not_after: float, timeout: float = 0.0) -> Write:
-        offset = self.geometry.delta_offset(host_id)
-        return Write(Area.LOCKSPACE, offset, sector, timeout or self.timing.io_timeout, not_after)
-
-    def _read_record(self, host_id: int) -> Operation[Leader]:
-        size = self.geometry.sector
-        offset = self.geometry.delta_offset(host_id)
-        try:
-            sector = yield from read(Area.LOCKSPACE, offset, size, self.timing.io_timeout)
-        except DiskError as error:
-            raise StorageTrouble(
-                Code.LEADER_READ, f"the record of host id {host_id} could not be read: {error}"
-            ) from error
-        return self._believed(sector, host_id)
-
-    def _believed(self, sector: bytes, host_id: int) -> Leader:
-        leader = Leader.decode(sector)
-        try:
-            validate_delta(leader, self.space, wanted=self.timing.delta_version)
-        except BadRecord as error:
-            raise BadArea(error, self.geometry.delta_offset(host_id)) from error
-        return leader
+        return (yield from self._records.read(host_id))
 
     def _clash(self, host_id: int, there: Leader) -> Clash:
         name = names.shown(there.resource_name)

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from lockfs_paxos_lease.engine.actions import Operation
 from lockfs_paxos_lease.engine.area import LeaseArea
-from lockfs_paxos_lease.engine.ballot import host_blocks
+from lockfs_paxos_lease.engine.blocks import host_blocks
 from lockfs_paxos_lease.engine.errors import EngineError
-from lockfs_paxos_lease.engine.lease import Lease
+from lockfs_paxos_lease.engine.lease import Lease, Mode
 from lockfs_paxos_lease.engine.owner import is_gone
 from lockfs_paxos_lease.format.errors import Code
 from lockfs_paxos_lease.format.leader import Leader
@@ -52,9 +52,12 @@ def make(area: LeaseArea, force_mode: int, version: int | None = None) -> Operat
 
 
 def pending(lease: Lease) -> Operation[Request | None]:
-    """Return what others ask of a lease that we hold; None if nothing.  To be asked when `Renewal.called` is true."""
+    """Return what others ask of a lease that we hold; None if nothing, as always of one that is shared.
+
+    To be asked when `Renewal.callers` has any.
+    """
     request = yield from lease.area.read_request()
-    if lease.mode is None or not request.force_mode or request.lver <= lease.version:
+    if lease.mode is not Mode.EXCLUSIVE or not request.force_mode or request.lver <= lease.version:
         return None
     return request
 

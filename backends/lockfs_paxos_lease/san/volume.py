@@ -83,6 +83,11 @@ class LeaseVolume:
             raise MountError(f"no leases can be kept on {self.where}: {error.strerror}", hint=hint) from error
         return space
 
+    @property
+    def device(self) -> str:
+        """Its path without symbolic links, once it is open."""
+        return self._path
+
     def _open(self) -> Space:
         # By its own name: those of devices by id or label are symbolic links.
         self._path = os.path.realpath(self._path)
@@ -168,6 +173,10 @@ class LeaseVolume:
         space, now = self._known_space, self._timing.stamp(self._clock())
         hosts = hosts_of(self._timing, space.geometry)
         return cleared_lease(space.geometry, space.name, name.encode(), now, hosts, self._timing.lease_version)
+
+    async def is_current(self, name: str, area: AreaIO) -> bool:
+        """Say that it is: a lease that was deleted says so itself, and none is deleted while it is in use."""
+        return True
 
     async def close(self) -> None:
         """Nothing stays open but areas."""

@@ -121,12 +121,13 @@ class OnVolume:
         self._volume = volume
         self._daemon = daemon
         self._space: Space | None = None
-        self._path = os.path.realpath(os.fsencode(volume.where))
+        self._path = b""
 
     async def open(self) -> Space:
         """Find the lockspace."""
         await self._daemon.version()
         self._space = await self._volume.open()
+        self._path = os.fsencode(self._volume.device)
         return self._space
 
     async def lockspace(self) -> Disk:
