@@ -255,6 +255,8 @@ class PaxosBackend:
     async def release(self, grant: Grant) -> None:
         """Give the lease back."""
         joined, held = self._joined, self._of(grant)
+        if held.lost:
+            self._in_use.stopped(joined, held)
         with trio.CancelScope(shield=True), explained(f"unlock {text.from_bytes(grant.image.path)}", held.area.where):
             await self._people.forget(grant.image)
             try:
@@ -316,10 +318,9 @@ class PaxosBackend:
         What is left on the disk of one that could not be adopted is given back now; where the storage does not let us,
         `mend` does it.
         """
-        held = self._in_use.of(grant)
+        joined, held = self._joined, self._in_use.of(grant)
         if held is not None and held.lost:
-            held.fenced = True
-        joined = self._joined
+            self._in_use.stopped(joined, held)
         name = self._unfenced.pop((grant.image.dev, grant.image.ino), None)
         if name is not None:
             joined.holdings.unfenced.discard(name)

@@ -1,17 +1,31 @@
-"""Runs operations of the engine on real disks, with trio's threads and the clock of the kernel."""
+"""Runs operations of the engine on real disks, with trio's threads and the clock of the kernel.
+
+The I/Os of an operation that follow each other are made by one thread, which runs the engine's code between them: a
+turn of a thread for each would cost more than the I/O.  The engine knows nothing of that, since
+
+* at any time one thread at most runs code of the engine, of whatever operation: who has `_engine`;
+* an operation goes on in one thread only: who finds that it was given up, or has gone on without it, leaves it alone.
+
+What a thread does is given up by the event loop when an I/O is overdue; the operation then goes on in another one.
+"""
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import trio
 
 from lockfs_paxos_lease.disk.area import AreaIO
+from lockfs_paxos_lease.disk.lane import Overdue
 from lockfs_paxos_lease.engine.actions import Action, Area, DiskError, Operation, Read, Settle, Sleep, Write
 
 T = TypeVar("T")
+_STEP = 0.02
+"""Seconds after which the event loop looks again where the engine is at work between two I/Os."""
+_engine = threading.Lock()
 
 
 def boottime() -> float:
@@ -24,30 +38,146 @@ async def run(operation: Operation[T], areas: Mapping[Area, AreaIO]) -> T:
 
     Whoever is cancelled in it has given it up: see `engine.actions` for what there is to do then.
     """
+    course = _Course(operation, areas)
     try:
-        action = next(operation)
-        while True:
-            try:
-                result = await _do(action, areas)
-            except DiskError as error:
-                action = operation.throw(error)
-            else:
-                action = operation.send(result)
-    except StopIteration as stop:
-        value: T = stop.value
-        return value
+        course.go_on()
+        while not course.results:
+            match course.action:
+                case Settle(area, timeout):
+                    await _settle(course, areas[area], timeout)
+                case Sleep(seconds):
+                    await trio.sleep(seconds)
+                    course.go_on()
+                case Read(area) | Write(area):
+                    await areas[area].lane.series(_Series(course))
+    except trio.Cancelled:
+        course.close()
+        if not course.results:
+            raise
+        # A thread has ended it before it could be given up.
     finally:
-        operation.close()
+        course.close()
+    return course.results[0]
 
 
-async def _do(action: Action, areas: Mapping[Area, AreaIO]) -> bytes | None:
-    match action:
-        case Read(area, offset, length, timeout):
-            return await areas[area].read(offset, length, timeout)
-        case Write(area, offset, data, timeout, not_after):
-            await areas[area].write(offset, data, timeout, not_after)
-        case Settle(area, timeout):
-            await areas[area].settle(timeout)
-        case Sleep(seconds):
-            await trio.sleep(seconds)
-    return None
+async def _settle(course: _Course[T], area: AreaIO, timeout: float) -> None:
+    try:
+        await area.settle(timeout)
+    except DiskError as error:
+        course.go_on(error=error)
+    else:
+        course.go_on()
+
+
+class _Course(Generic[T]):
+    """An operation on its way: `action` is what it waits for, `results` has what it has ended with."""
+
+    def __init__(self, operation: Operation[T], areas: Mapping[Area, AreaIO]) -> None:
+        self.action: Action
+        self.results: list[T] = []
+        self.areas = areas
+        self.turn = 0
+        """Grows when the operation goes on elsewhere."""
+        self._operation = operation
+
+    def go_on(self, result: bytes | None = None, error: DiskError | None = None) -> None:
+        """Resume the operation.  Raises what it raises."""
+        with _engine:
+            self.step(result, error)
+
+    def step(self, result: bytes | None, error: DiskError | None) -> None:
+        """Resume the operation; by who has `_engine`."""
+        try:
+            self.action = self._operation.send(result) if error is None else self._operation.throw(error)
+        except StopIteration as stop:
+            self.results.append(stop.value)
+
+    def close(self) -> None:
+        """Let it go on nowhere."""
+        with _engine:
+            self.turn += 1
+            self._operation.close()
+
+
+class _Series(Generic[T]):
+    """The I/Os that follow each other in the lane of the first: see `disk.lane.Series`."""
+
+    def __init__(self, course: _Course[T]) -> None:
+        self._course = course
+        self._turn = course.turn
+        self._lane = self._area(course.action).lane
+        self._action: Read | Write | None = None
+        """The I/O that is under way, or waits for a thread; None while the engine is at work."""
+        self._begun = False
+        self._until = 0.0
+        self._expect(course.action)
+
+    def _area(self, action: Action) -> AreaIO:
+        if not isinstance(action, Read | Write):
+            raise TypeError(f"{action!r} is not an I/O")
+        return self._course.areas[action.area]
+
+    def _expect(self, action: Action) -> bool:
+        """Take the next I/O; return False if it is not one for this lane."""
+        if not isinstance(action, Read | Write) or self._area(action).lane is not self._lane:
+            self._action = None
+            return False
+        self._action, self._until = action, time.monotonic() + action.timeout
+        return True
+
+    def left(self) -> float:
+        """Return for how long the I/O may still take."""
+        return _STEP if self._action is None else max(self._until - time.monotonic(), 0.0)
+
+    def body(self) -> None:
+        """Make I/Os until something else is to be done; in a thread.  Raises what the operation raises."""
+        course, more = self._course, True
+        while more:
+            with _engine:
+                action = self._action
+                if course.turn != self._turn or action is None:
+                    return
+                # In one step with the look at the turn: who gives it up must see that it is under way.
+                self._begun, refusal = True, self._begin(action)
+            result, failure = (None, refusal) if refusal else self._do(action)
+            with _engine:
+                if course.turn != self._turn:
+                    return
+                self._action = None
+                course.step(result, failure)
+                more = not course.results and self._expect(course.action)
+
+    def _begin(self, action: Read | Write) -> DiskError | None:
+        try:
+            self._area(action).begin(_what(action), writes=isinstance(action, Write))
+        except DiskError as error:
+            return error
+        return None
+
+    def _do(self, action: Read | Write) -> tuple[bytes | None, DiskError | None]:
+        area = self._area(action)
+        try:
+            if isinstance(action, Read):
+                return area.read_now(action.offset, action.length), None
+            area.write_now(action.offset, action.data, action.not_after)
+        except DiskError as error:
+            return None, error
+        return None, None
+
+    def abandon(self) -> bool:
+        """Give up an I/O that is overdue, and have the operation go on with that.  Return False if there is none."""
+        course = self._course
+        with _engine:
+            action = self._action
+            if course.turn != self._turn or action is None or time.monotonic() < self._until:
+                return False
+            course.turn += 1
+            overdue = Overdue(self._begun, action.timeout)
+            error = self._area(action).overdue(_what(action), overdue)
+            error.__cause__ = overdue
+            course.step(None, error)
+            return True
+
+
+def _what(action: Read | Write) -> str:
+    return "read" if isinstance(action, Read) else "write"

@@ -28,6 +28,8 @@ class Holdings:
         """What the last lockd of this incarnation had, and nobody has taken up; and what could not be given back."""
         self.unfenced: set[str] = set()
         """What was to be adopted and is lost, while those who went by it are yet to be fenced."""
+        self.unwritten = 0
+        """Grants that were lost, and of which something may still be in this host's memory; counted with a watchdog."""
         self.inherited = False
         """True from when all that the last lockd had, and is still in use, has been taken up."""
         self._state = StateFile(run_dir, space)
@@ -65,8 +67,8 @@ class Holdings:
 
     @property
     def unanswered(self) -> bool:
-        """True while somebody may write by what this lockd has not granted, and cannot fence alone."""
-        return bool(self.unfenced) or bool(self.left and not self.inherited)
+        """True while something may be written by what this lockd has not granted, or has lost, and cannot fence."""
+        return bool(self.unfenced or self.unwritten) or bool(self.left and not self.inherited)
 
     async def save(self, membership: Membership) -> None:
         """Write down who this host is now, and forget what an earlier incarnation held.  Raises `StorageTrouble`."""
@@ -100,7 +102,8 @@ class Holdings:
         await self._written(lambda: self._state.drop(name))
 
     async def _written(self, work: Callable[[], None]) -> None:
+        # Not in a thread: the run directory lies in memory, and a thread's turn takes longer than that.
         try:
-            await trio.to_thread.run_sync(work)
+            work()
         except OSError as error:
             raise StorageTrouble(-(error.errno or 0), f"cannot note what this host holds: {error}") from error

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import trio
 
+from lockfs import text
 from lockfs.backend import Grant, GrantLost, Mode
 from lockfs_paxos_lease.disk.area import AreaIO
 from lockfs_paxos_lease.engine import lease as engine
@@ -23,13 +24,15 @@ from lockfs_paxos_lease.engine.timing import Timing
 from lockfs_paxos_lease.errors import explained
 from lockfs_paxos_lease.lockspace import Lockspace
 from lockfs_paxos_lease.place import Place, hosts_of
+from lockfs_paxos_lease.writeback import wait_for_write_back
 
 TIDY_TIMEOUT = 8.0
 
 
 @dataclass(slots=True, eq=False)
 class Held:
-    """One lease.  `lost`: its grant was told lost; `fenced`: and nobody can write under it any more.
+    """One lease.  `lost`: its grant was told lost; `stopped`: and nobody can write under it any more; `fenced`: and
+    nothing that was written under it can still get to the storage, as far as a watchdog is to see to that.
 
     `asked` is the last version for which somebody has asked us to let go of it.
     """
@@ -40,6 +43,7 @@ class Held:
     mode: Mode
     grant: Grant | None = None
     lost: bool = False
+    stopped: bool = False
     fenced: bool = False
     asked: int = 0
 
@@ -110,6 +114,23 @@ class LeasesInUse:
         else:
             joined.holdings.left.add(held.name)
         joined.holdings.in_use.discard(held.name)
+
+    def stopped(self, joined: Lockspace, held: Held) -> None:
+        """Nobody can write by a lost grant any more: with a watchdog, wait until what was written is on the storage."""
+        if held.stopped or held.grant is None:
+            return
+        held.stopped = True
+        if not joined.watchdog_path:
+            held.fenced = True
+            return
+
+        def written() -> None:
+            held.fenced = True
+            joined.holdings.unwritten -= 1
+
+        image = held.grant.image
+        joined.holdings.unwritten += 1
+        wait_for_write_back(image.fd, text.from_bytes(image.path), written)
 
     async def tidy(self, joined: Lockspace, held: Held) -> None:
         """Take back what may be on the disk and is not held; what the storage does not let us is done later."""

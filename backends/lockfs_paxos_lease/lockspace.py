@@ -282,7 +282,7 @@ class Lockspace:
                 failing = True
                 continue
             self._move_deadline(membership)
-            if self._watchdog is not None:
+            if self._watchdog is not None and not self.holdings.unwritten:
                 self._on_watchdog(partial(self._watchdog.renewed, self._clock() - membership.last_success))
             try:
                 await self.holdings.save(membership)

@@ -4,10 +4,11 @@ It is for what no program can promise: that lockd lives, and that every fence su
 first lease is taken, with a time-out somewhat shorter than that after which other hosts take leases over, and is fed
 
 * when this host's own lease was renewed, and
-* at any time, while nothing is held but by grants that are lost and fenced.
+* at any time, while nothing is held but by grants that are lost and fenced, and nothing that was written under these
+  is in the host's memory any more.
 
-It is disarmed when nothing is held; one that was told to know no way out is fed then, too.  A lockd that dies leaves it
-armed, and its successor feeds it on, or the host is reset in time.
+It is disarmed when that is so and nothing is held; one that was told to know no way out is fed then, too.  A lockd that
+dies leaves it armed, and its successor feeds it on, or the host is reset in time.
 """
 
 from __future__ import annotations
@@ -109,13 +110,14 @@ class Watchdog:
     def look(self, *, holding: bool, at_stake: bool) -> None:
         """Feed or disarm it where that is safe.
 
-        *holding*: there are grants; *at_stake*: some of them are not both lost and fenced.  Raises OSError.
+        *holding*: there are grants; *at_stake*: some of them are not both lost and fenced, or something that was
+        written under a lost one is not on the storage yet.  Raises OSError.
         """
         if not self.armed:
             return
         if not at_stake:
             self._device.feed()
-        if not holding:
+        if not holding and not at_stake:
             self.armed = not self._device.disarm()
 
 

@@ -77,10 +77,14 @@ class Fencer:
                 nursery.start_soon(self._fence_and_tell, locks, why)
 
     async def _fence_and_tell(self, locks: Sequence[Lock], why: str) -> None:
-        """Fence, and tell the backend that others may get the images now: nobody here can write to them any more."""
+        """Fence, and tell the backend that others may get the images now: nobody here can write to them any more.
+
+        Where what was being written hangs, it is told that when all have closed the image.
+        """
         targets = await self.fence(locks, why, loss=True)
         for lock in locks:
-            certain = all(target.result().fenced for target in targets if target.lock is lock)
+            results = [target.result() for target in targets if target.lock is lock]
+            certain = all(each.fenced and each.drained for each in results)
             if not certain or lock.grant is None:
                 continue
             try:

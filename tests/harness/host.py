@@ -72,6 +72,8 @@ class Host:
     run_dir: Path
     variables: dict[str, str] = field(default_factory=dict)
     mounts: list[Mount] = field(default_factory=list)
+    prefix: tuple[str, ...] = ()
+    """What its commands are started with."""
 
     @property
     def environment(self) -> dict[str, str]:
@@ -92,7 +94,7 @@ class Host:
         """Run a command of this host and return how it ended.  It is looked up beside Python first."""
         program = BIN / command[0] if (BIN / command[0]).exists() else command[0]
         return subprocess.run(
-            [program, *command[1:]],
+            [*self.prefix, program, *command[1:]],
             env=self.environment,
             stdin=subprocess.DEVNULL,
             capture_output=True,

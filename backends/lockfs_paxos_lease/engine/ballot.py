@@ -25,20 +25,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
-from lockfs_paxos_lease.engine.errors import BadArea
-from lockfs_paxos_lease.format.dblock import (
-    MODE_OFFSET,
-    NEVER,
-    NONE,
-    Dblock,
-    ModeBlock,
-    decode_host_sector,
-    encode_host_sector,
-)
-from lockfs_paxos_lease.format.errors import BadRecord
+from lockfs_paxos_lease.engine.blocks import Blocks
+from lockfs_paxos_lease.format.dblock import NEVER, NONE, Dblock, ModeBlock, encode_host_sector
 from lockfs_paxos_lease.format.size import Geometry
-
-_USED_BYTES = MODE_OFFSET + 16
 
 
 class Outrun(Exception):
@@ -75,6 +64,8 @@ class Ballot:
     geometry: Geometry
     leader: bytes
     """The leader record, as it was read before."""
+    blocks: Blocks
+    """The blocks of all hosts, as they were read before."""
     host_id: int
     num_hosts: int
     lver: int
@@ -119,7 +110,7 @@ class Ballot:
         if area[: len(self.leader)] != self.leader:
             raise Outrun(self.mbal)
         own = NEVER
-        for host_id, block, mode in host_blocks(area, self.geometry, self.num_hosts):
+        for host_id, (block, mode) in self.blocks.look(area).items():
             if host_id == self.host_id:
                 own = block
             elif mode.is_shared:
@@ -132,28 +123,6 @@ class Ballot:
                 yield host_id, block
         if own != self.block:
             raise Outrun(own.mbal)
-
-
-def host_blocks(area: bytes, geometry: Geometry, num_hosts: int) -> Iterator[tuple[int, Dblock, ModeBlock]]:
-    """Yield host id, block and mode of all host sectors that are not empty, in order.  Raises `BadArea`."""
-    size = geometry.sector
-    nothing = bytes(_USED_BYTES)
-    for host_id in range(1, num_hosts + 1):
-        start = (host_id + 1) * size
-        used = area[start : start + _USED_BYTES]
-        if used == nothing:
-            continue
-        block, mode = decode_host_sector(used)
-        yield host_id, checked(block, host_id, geometry), mode
-
-
-def checked(block: Dblock, host_id: int, geometry: Geometry) -> Dblock:
-    """Return the block of a host if its checksum is right.  Raises `BadArea`."""
-    try:
-        block.validate()
-    except BadRecord as error:
-        raise BadArea(error, geometry.host_offset(host_id)) from error
-    return block
 
 
 def next_mbal(highest: int, host_id: int, stride: int) -> int:

@@ -26,7 +26,8 @@ from random import Random
 from lockfs_paxos_lease.engine.actions import Operation, Sleep
 from lockfs_paxos_lease.engine.area import LeaseArea
 from lockfs_paxos_lease.engine.attempt import Attempt, Seen
-from lockfs_paxos_lease.engine.ballot import Ballot, Outrun, Value, checked, host_blocks, next_mbal
+from lockfs_paxos_lease.engine.ballot import Ballot, Outrun, Value, next_mbal
+from lockfs_paxos_lease.engine.blocks import Blocks, checked, host_blocks
 from lockfs_paxos_lease.engine.errors import AGAIN, ALREADY, NOT_FOUND, EngineError, Held, Lost
 from lockfs_paxos_lease.engine.membership import Membership
 from lockfs_paxos_lease.engine.own import Own
@@ -166,18 +167,14 @@ class Lease:
     def _survey(self, area: bytes, cur: Leader, attempt: Attempt) -> Seen:
         """Return what the blocks say; make our wish unlike any earlier one of ours."""
         membership = self.membership
-        seen = Seen(area[:LEADER_SIZE], NEVER, 0, cur.lver + 1)
-        times = [self._last_time, membership.timing.stamp(membership.clock()) - 1]
+        blocks = Blocks(membership.geometry, cur.num_hosts, membership.host_id, cur.lver + 1)
+        for host_id, (_, mode) in blocks.look(area).items():
+            if mode.is_shared and host_id != membership.host_id:
+                attempt.shared[host_id] = mode.generation
+        seen = Seen(area[:LEADER_SIZE], blocks, max(cur.lver + 1, blocks.version))
+        times = [self._last_time, membership.timing.stamp(membership.clock()) - 1, blocks.time]
         if cur.owner_id == membership.host_id:
             times.append(cur.timestamp)
-        for host_id, block, mode in host_blocks(area, membership.geometry, cur.num_hosts):
-            seen.mbal, seen.version = max(seen.mbal, block.mbal), max(seen.version, block.lver)
-            if block.inp == membership.host_id:
-                times.append(block.inp3)
-            if host_id == membership.host_id:
-                seen.own = block
-            elif mode.is_shared:
-                attempt.shared[host_id] = mode.generation
         if not attempt.wish.time:
             self._last_time = max(times) + 1
             attempt.wish = replace(attempt.wish, time=self._last_time)
@@ -204,8 +201,9 @@ class Lease:
         False also where the leader has changed: the attempt begins anew.
         """
         membership = self.membership
-        me, stride, own = membership.host_id, cur.max_hosts, seen.own
-        mbal = next_mbal(seen.mbal, me, stride)
+        me, stride = membership.host_id, cur.max_hosts
+        own, _ = seen.blocks.counting.get(me, (NEVER, NONE))
+        mbal = next_mbal(seen.blocks.mbal, me, stride)
         for _ in range(MAX_BALLOTS):
             if not seen.fresh:
                 there = yield from self.area.read_leader()
@@ -217,8 +215,8 @@ class Lease:
                     return False
             seen.fresh = False
             ballot = Ballot(
-                membership.geometry, seen.leader, me, cur.num_hosts, seen.version, mbal, attempt.wish, self._own.mode,
-                shared=attempt.shared,
+                membership.geometry, seen.leader, seen.blocks, me, cur.num_hosts, seen.version, mbal, attempt.wish,
+                self._own.mode, shared=attempt.shared,
             )  # fmt: skip
             try:
                 value = yield from self._run(ballot, own)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from lockfs_paxos_lease.engine.actions import Operation
 from lockfs_paxos_lease.engine.area import LeaseArea
-from lockfs_paxos_lease.engine.ballot import host_blocks
+from lockfs_paxos_lease.engine.blocks import host_blocks
 from lockfs_paxos_lease.engine.errors import EngineError
 from lockfs_paxos_lease.engine.lease import Lease, Mode
 from lockfs_paxos_lease.engine.owner import is_gone

@@ -22,8 +22,10 @@ CHECKED = 48
 _BALLOT = struct.Struct("<QQQQQQII")
 _BALLOT_CHECKED = struct.Struct("<QQQQQQ")
 _MODE = struct.Struct("<I4xQ")
+_GLANCE = struct.Struct("<QQQQQQII72xI")
 _ZEROS = bytes(SIZE)
 _NO_MODE = bytes(_MODE.size)
+_NOTHING = bytes(MODE_OFFSET + _MODE.size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,3 +116,19 @@ def decode_host_sector(sector: bytes | memoryview) -> tuple[Dblock, ModeBlock]:
     if sector[MODE_OFFSET : MODE_OFFSET + _MODE.size] == _NO_MODE:
         return dblock, NONE
     return dblock, ModeBlock(*_MODE.unpack_from(sector, MODE_OFFSET))
+
+
+def glance(area: bytes, start: int) -> tuple[int, int, int, int, bool]:
+    """Return `mbal`, `inp`, `inp3`, `lver` of the host sector at *start*, and whether it holds the lease shared.
+
+    That is what tells whether the sector is worth to be decoded.  Raises `BadRecord` for a block that is not valid.
+    """
+    mbal, bal, inp, _, inp3, lver, found, _, mode = _GLANCE.unpack_from(area, start)
+    if (found or mbal or bal or inp or lver) and found != _checksum(area[start : start + CHECKED]):
+        decode_host_sector(area[start : start + len(_NOTHING)])[0].validate()
+    return mbal, inp, inp3, lver, bool(mode & SHARED)
+
+
+def is_empty(area: bytes, start: int) -> bool:
+    """Say whether the host sector at *start* says nothing at all."""
+    return area[start : start + len(_NOTHING)] == _NOTHING
