@@ -152,7 +152,7 @@ class PaxosBackend:
             with explained(f"lock {text.from_bytes(image.path)}", held.area.where):
                 await joined.note(name, image)
                 token = await joined.run(held.lease.acquire(_MODES[mode]), held.area)
-            if not await self._place.is_current(name, held.area) or await self._naming.of(image) != name:
+            if not await self._place.is_current(name, held.area, lambda: self._naming.now(image) == name):
                 raise Moved
         except BaseException as error:
             await self._in_use.give_up(joined, held)
