@@ -22,6 +22,8 @@ MOUNT_DAEMON = (
     "journal.after-replacement",
     "effect.before",
     "effect.after",
+    "nameless.before",
+    "nameless.after",
     "open.before-journal",
     "open.after-journal",
     "close.before-journal",
@@ -57,6 +59,7 @@ LOCKD: tuple[str, ...] = (
     "lockd.after-adoption",
     "lockd.before-adopted-record",
     "lockd.after-adopted-record",
+    "lockd.before-obeyed",
 )
 """Those of lockd."""
 

@@ -24,6 +24,15 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what takes minutes, unless LOCKFS_LONG is set: shorter forms of the same run always."""
+    if os.environ.get("LOCKFS_LONG"):
+        return
+    left_out = [each for each in items if each.get_closest_marker("long")]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [each for each in items if each not in left_out]
+
+
 @pytest.fixture(autouse=True)
 def leaves_nothing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Fail a test that leaves a descriptor or a mount behind.  Set up before all other fixtures of a test."""

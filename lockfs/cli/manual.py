@@ -19,7 +19,7 @@ ENVIRONMENT: Mapping[str, str] = {
     "LOCKFS_LOG_LEVEL": "from what level on daemons log, such as DEBUG (default: INFO)",
     "LOCKFS_IDLE_EXIT": "seconds after which lockd leaves when nothing is mounted; 0: never (default: 10)",
     "LOCKFS_RESTARTS": "how many times in a row lockd starts a mount daemon again that dies; 0: never (default: 10)",
-    "LOCKFS_HANG": "seconds without a sign of life after which a mount daemon counts as hung (default: 5)",
+    "LOCKFS_HANG": "seconds without a sign of life after which a mount daemon, or lockd, counts as hung (default: 5)",
     "LOCKFS_KERNEL": "off: mounts do without the kernel module of lockfs, and all data goes through their daemons",
 }
 """Each variable that the programs look at, but for those of tests."""

@@ -15,11 +15,12 @@ import pyfuse3
 from pyfuse3 import EntryAttributes, RequestContext, SetattrFields, StatvfsData
 
 from lockfs.errors import LockUnavailable
-from lockfs.fs.base import replies
+from lockfs.fs.base import replies, replies_at_once
 from lockfs.fs.nodes import Node
 from lockfs.fs.writing import WriteRights
 from lockfs.kernel import session
 from lockfs.kernel.session import Current
+from lockfs.kernel.wire import Attributes
 from lockfs.linux import files
 from lockfs.linux.files import proc_path
 
@@ -47,11 +48,19 @@ class AttributeOperations(WriteRights):
     async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
         """Read the attributes."""
         if self.nodes.is_fenced(inode):
-            return self.changed_type(inode)
+            return self.entry(changed_type(inode))
         node = self.nodes.get(inode)
         with self.nodes.borrow(node) as fd:
             status = await self.work.short(ctx, os.fstat, fd)
         return self.attributes(node, status)
+
+    @replies_at_once
+    def getattr_at_once(self, inode: int) -> Attributes:
+        """Do as `getattr`, on storage that answers at once."""
+        if self.nodes.is_fenced(inode):
+            return changed_type(inode)
+        node = self.nodes.get(inode)
+        return self.known(node, os.fstat(self.nodes.fd(node)))
 
     @replies
     async def setattr(
@@ -220,6 +229,11 @@ class AttributeOperations(WriteRights):
             setattr(data, name, getattr(found, name))
         data.f_namemax = found.f_namemax
         return data
+
+
+def changed_type(inode: int) -> Attributes:
+    """Return attributes that make the kernel declare the inode of a file bad: all I/O on it fails from then on."""
+    return Attributes(inode, 0, 0, 0, 0, 0, 0, 0, 0, st.S_IFSOCK, 0, 0, 0, 0, 0)
 
 
 def _changes(status: os.stat_result, uid: int, gid: int, mode: int | None) -> bool:

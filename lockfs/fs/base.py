@@ -6,7 +6,6 @@ import errno
 import functools
 import logging
 import os
-import stat as st
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -17,12 +16,14 @@ from lockfs.errors import LockfsError
 from lockfs.fs.guard import Guard
 from lockfs.fs.handles import Handles
 from lockfs.fs.journal.effects import Effects
+from lockfs.fs.nameless import Nameless
 from lockfs.fs.nodes import Node, NodeTable
 from lockfs.fs.owners import Owners
 from lockfs.fs.source import HIDDEN, Found
 from lockfs.fs.work import Work
 from lockfs.kernel import session
 from lockfs.kernel.session import Negotiated
+from lockfs.kernel.wire import Attributes
 
 log = logging.getLogger("lockfs.fs")
 
@@ -60,28 +61,49 @@ def replies(
     async def wrapper(self: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return await handler(self, *args, **kwargs)
-        except OSError as error:
-            raise pyfuse3.FUSEError(error.errno or errno.EIO) from None
-        except LockfsError as error:
-            raise pyfuse3.FUSEError(error.errno) from None
-        except pyfuse3.FUSEError:
-            raise
-        except Exception:
-            log.exception("%s failed", handler.__name__)
-            raise pyfuse3.FUSEError(errno.EIO) from None
+        except Exception as error:
+            raise _for_caller(error, handler.__name__) from None
         finally:
             self.effects.journal.flush()
 
     return wrapper
 
 
+def replies_at_once(handler: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R]:
+    """Do as `replies` with a handler that never waits."""
+
+    @functools.wraps(handler)
+    def wrapper(self: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return handler(self, *args, **kwargs)
+        except Exception as error:
+            raise _for_caller(error, handler.__name__) from None
+        finally:
+            self.effects.journal.flush()
+
+    return wrapper
+
+
+def _for_caller(error: Exception, handler: str) -> Exception:
+    if isinstance(error, pyfuse3.FUSEError):
+        return error
+    if isinstance(error, OSError):
+        return pyfuse3.FUSEError(error.errno or errno.EIO)
+    if isinstance(error, LockfsError):
+        return pyfuse3.FUSEError(error.errno)
+    log.error("%s failed", handler, exc_info=error)
+    return pyfuse3.FUSEError(errno.EIO)
+
+
 class Base(pyfuse3.Operations):
     """The parts, and helpers of more than one theme.
 
     `negotiated` is what the kernel agreed to, set before the first request comes; None without the kernel module.
+    `nameless` is there if this daemon may have a successor.
     """
 
     negotiated: Negotiated | None = None
+    nameless: Nameless | None = None
 
     def __init__(self, parts: Parts) -> None:
         self.nodes = parts.nodes
@@ -91,37 +113,60 @@ class Base(pyfuse3.Operations):
         self.owners = parts.owners
         self.effects = parts.effects
 
+    def known(self, node: Node, stat: os.stat_result) -> Attributes:
+        """Return the attributes of *node*, and for how long the kernel may trust them."""
+        trust = HELD_SECONDS if self.guard.exclusive(node) else 0
+        return Attributes(
+            node.id, 0, 0, trust, stat.st_size, stat.st_blocks, stat.st_atime_ns, stat.st_mtime_ns, stat.st_ctime_ns,
+            stat.st_mode, stat.st_nlink, stat.st_uid, stat.st_gid, stat.st_rdev, stat.st_blksize,
+        )  # fmt: skip
+
     def attributes(self, node: Node, stat: os.stat_result) -> pyfuse3.EntryAttributes:
-        """Return the attributes of *node* in the form of pyfuse3, and say how long the kernel may trust them."""
+        """Return the same in the form of pyfuse3."""
+        return self.entry(self.known(node, stat))
+
+    @staticmethod
+    def entry(known: Attributes) -> pyfuse3.EntryAttributes:
+        """Return attributes in the form of pyfuse3."""
         entry = pyfuse3.EntryAttributes()
-        entry.st_ino = node.id
-        entry.st_mode = stat.st_mode
-        entry.st_nlink = stat.st_nlink
-        entry.st_uid = stat.st_uid
-        entry.st_gid = stat.st_gid
-        entry.st_rdev = stat.st_rdev
-        entry.st_size = stat.st_size
-        entry.st_blksize = stat.st_blksize
-        entry.st_blocks = stat.st_blocks
-        entry.st_atime_ns = stat.st_atime_ns
-        entry.st_mtime_ns = stat.st_mtime_ns
-        entry.st_ctime_ns = stat.st_ctime_ns
-        entry.entry_timeout = 0
-        entry.attr_timeout = HELD_SECONDS if self.guard.exclusive(node) else 0
+        entry.st_ino = known.node
+        entry.st_mode = known.mode
+        entry.st_nlink = known.nlink
+        entry.st_uid = known.uid
+        entry.st_gid = known.gid
+        entry.st_rdev = known.rdev
+        entry.st_size = known.size
+        entry.st_blksize = known.blksize
+        entry.st_blocks = known.blocks
+        entry.st_atime_ns = known.atime_ns
+        entry.st_mtime_ns = known.mtime_ns
+        entry.st_ctime_ns = known.ctime_ns
+        entry.entry_timeout = known.entry_timeout
+        entry.attr_timeout = known.attr_timeout
         return entry
 
-    def changed_type(self, inode: int) -> pyfuse3.EntryAttributes:
-        """Return attributes that make the kernel declare the inode of a file bad: all I/O on it fails from then on."""
-        entry = pyfuse3.EntryAttributes()
-        entry.st_ino = inode
-        entry.st_mode = st.S_IFSOCK
-        entry.attr_timeout = 0
-        return entry
+    @property
+    def answers_at_once(self) -> bool:
+        """Say whether calls that `Work` names short may run on the event loop (see `lockfs.kernel.extra`)."""
+        return not self.work.remote
 
     def enter(self, found: Found, parent: Node, name: bytes) -> pyfuse3.EntryAttributes:
         """Give what was found to the kernel: its node, counted once more, and its attributes.  Takes the descriptor."""
         stat = found.stat
         return self.attributes(self.nodes.adopt(found, parent, name), stat)
+
+    async def losing_name(self, found: Found | None) -> None:
+        """Prepare for what is open to lose a name, maybe its last one."""
+        if self.nameless is not None and found is not None:
+            await self.nameless.losing(found)
+
+    async def lost_name(self, found: Found | None) -> None:
+        """Keep what lost a name reachable, without one if need be, while the kernel knows it; takes the descriptor."""
+        if found is None:
+            return
+        if self.nameless is not None:
+            await self.nameless.lost(found)
+        self.nodes.pin(found)
 
     def clears_suid(self) -> bool:
         """Tell whether the request that a handler was called for is to clear set-id bits; before the first await."""

@@ -153,6 +153,7 @@ async def _serve(
             bypass(operations, fd, found.dev, nursery)
         if operations.negotiated is not None:
             survival.begin_journal(request, operations, session.mount_id, found.dev)
+            survival.provide_for_nameless(operations, session, nursery)
         connection.heed(operations, session)
         follow = partial(session.follow, mountpoint, obedience(operations), operations.guard.held)
         nursery.start_soon(survival.vital, operations, follow)

@@ -32,7 +32,10 @@ class DirectoryOperations(Base):
         node = self.nodes.get(inode)
         with self.nodes.borrow(node) as fd:
             directory = await self.work.short(ctx, os.open, proc_path(fd), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        return self.handles.add_directory(DirectoryHandle(node, directory, unique=effect.unique))
+        number = self.handles.add_directory(DirectoryHandle(node, directory, unique=effect.unique))
+        if self.nameless is not None and node.pinned and node is not self.nodes.root:
+            await self.nameless.opened(node, directory)
+        return number
 
     @replies
     async def readdir(self, fh: int, start_id: int, token: ReaddirToken) -> None:

@@ -7,6 +7,7 @@ Invariants:
 - a hold exists only while lockd has granted its owner the mode, or a stronger one, and has not said otherwise since;
 - every lock is put on, or backed by, one open file description, `_Image.carrier`, that stays open in this daemon
   too as long as the lock is wanted: where locks belong to descriptions, the lock then outlives lockd;
+- a lock that died with its lockd before it was given back is gone before anybody asks for that image anew;
 - nothing is granted when lockd cannot be asked.
 """
 
@@ -24,9 +25,9 @@ import trio
 from lockfs import text
 from lockfs.backend import Busy, Mode
 from lockfs.errors import LockUnavailable
+from lockfs.fs.handover import Held
 from lockfs.fs.nodes import Node, NodeTable
 from lockfs.fs.policy import Policy
-from lockfs.fs.session import Held
 from lockfs.fs.work import Caller, Work
 from lockfs.linux.deadline import Deadline
 from lockfs.linux.files import proc_path
@@ -71,6 +72,9 @@ class _Image:
 
     `lock_fd` is the descriptor that its lock was put on: the carrier, or one of another mount that has it too.  `keep`
     are others that came with the lock, `token` its token.  `nodes` are the ids by which it was taken.
+
+    With `adrift` there may be a lock on the descriptors of which lockd does not know; `closing` is there while they are
+    closed for that.
     """
 
     message: messages.Image
@@ -83,6 +87,8 @@ class _Image:
     token: int | None = None
     users: int = 0
     lost: bool = False
+    adrift: bool = False
+    closing: trio.Event | None = None
 
     def held(self, mode: Mode) -> bool:
         return any(owned.counts[mode] for owned in self.owners.values())
@@ -93,6 +99,10 @@ class Lockd(Protocol):
 
     deadline: Deadline | None
     """Until when the locks of this mount are safe; None if they do not expire."""
+
+    @property
+    def epoch(self) -> int:
+        """How often all that is held was listed for a lockd that was started anew."""
 
     async def acquire(
         self, image: messages.Image, mode: Mode, owner: Owner, fd: int, node: int
@@ -196,20 +206,35 @@ class Guard:
         owned.users += 1
         hold = Hold(image, owner, mode)
         try:
+            while image.closing is not None:
+                await image.closing.wait()
             async with owned.turn:
                 if image.lost:
                     raise LockUnavailable(f"the lock of {image.message.path} was lost")
                 if not owned.counts[mode]:
                     await self._open_carrier(image, node, mode, caller)
                     # From its answer to the count nothing may wait: a lockd that comes back is told what is counted.
-                    acquired, kept = await self._lockd.acquire(image.message, mode, owner, image.carrier, node.id)
+                    acquired, kept = await self._acquire(image, mode, owner, node)
                     self._keep(image, acquired, kept)
                     image.nodes.add(node.id)
                 owned.counts[mode] += 1
         except BaseException:
-            self._leave(image, owner.key, owned)
+            await self._leave(image, owner.key, owned)
             raise
         return hold
+
+    async def _acquire(
+        self, image: _Image, mode: Mode, owner: Owner, node: Node
+    ) -> tuple[messages.Acquired, list[int]]:
+        epoch = self._lockd.epoch
+        try:
+            answer = await self._lockd.acquire(image.message, mode, owner, image.carrier, node.id)
+        except BaseException as error:
+            # The lockd that has died may have taken the lock, and the next one was not told.
+            image.adrift |= self._lockd.epoch != epoch or not isinstance(error, Busy)
+            raise
+        image.adrift = False
+        return answer
 
     def _keep(self, image: _Image, acquired: messages.Acquired, kept: list[int]) -> None:
         """Note which descriptors a lock lives in; those of an earlier one are of no use any more."""
@@ -270,8 +295,10 @@ class Guard:
                     # From here on others may write: what the kernel caches of the file must not be trusted any more.
                     if hold.mode is Mode.EXCLUSIVE and not image.held(Mode.EXCLUSIVE):
                         self._freed(image.node)
+                    epoch = self._lockd.epoch
                     await self._lockd.release(image.message, hold.mode, hold.owner)
-        self._leave(image, key, owned)
+                    image.adrift |= self._lockd.epoch != epoch
+            await self._leave(image, key, owned)
 
     async def hold_for_call(self, node: Node, owner: Owner, caller: Caller, *, moves: bool = False) -> Hold | None:
         """Take the image of *node* for the length of one call that removes or renames it.
@@ -301,7 +328,9 @@ class Guard:
         image.users += 1
         return image
 
-    def _leave(self, image: _Image, key: str, owned: _Owned) -> None:
+    async def _leave(self, image: _Image, key: str, owned: _Owned) -> None:
+        if image.adrift and image.users == 1:
+            await self._end_lock(image)
         owned.users -= 1
         if not owned.users:
             image.owners.pop(key, None)
@@ -312,6 +341,20 @@ class Guard:
         for fd in {image.carrier, image.lock_fd, *image.keep}:
             if fd >= 0:
                 self._work.close(fd)
+
+    async def _end_lock(self, image: _Image) -> None:
+        """Close the descriptors of an image that nobody holds, and with them a lock of which no lockd knows.
+
+        Whoever asks for it next has other ones, and would meet that lock.
+        """
+        fds = {image.carrier, image.lock_fd, *image.keep} - {-1}
+        image.carrier = image.lock_fd = -1
+        image.keep, image.closing = [], trio.Event()
+        try:
+            await self._work.close_now(fds)
+        finally:
+            image.closing.set()
+            image.closing, image.adrift = None, False
 
     async def _open_carrier(self, image: _Image, node: Node, mode: Mode, caller: Caller) -> None:
         if image.carrier >= 0:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -98,6 +98,7 @@ class Handles:
         self._lingering: dict[int, FileHandle] = {}
         self._by_unique: dict[int, int] = {}
         self._unanswered: dict[int, FileHandle] = {}
+        self._open: Counter[int] = Counter()
 
     def __len__(self) -> int:
         return len(self._files) + len(self._directories)
@@ -108,6 +109,7 @@ class Handles:
         self.last_serial += 1
         handle.serial = self.last_serial
         self._files[number] = handle
+        self._open[handle.node.id] += 1
         self._unanswered[handle.unique] = handle
         step("open.before-journal")
         self._journal.note(handle.record(number))
@@ -153,6 +155,7 @@ class Handles:
         """Give an open directory its number."""
         number = self._number()
         self._directories[number] = handle
+        self._open[handle.node.id] += 1
         self._journal.note(records.OpenedDirectory(number, handle.node.id, handle.unique))
         return number
 
@@ -191,6 +194,15 @@ class Handles:
         """Return all open files."""
         return list(self._files.values())
 
+    def are_open(self, node: Node) -> bool:
+        """Tell whether there are open files of *node*, or open directories."""
+        return node.id in self._open
+
+    def _closed(self, node: Node) -> None:
+        self._open[node.id] -= 1
+        if not self._open[node.id]:
+            del self._open[node.id]
+
     def is_written(self, node: Node) -> bool:
         """Tell whether the file of *node* is open for writing."""
         return any(handle.writable and handle.node is node for handle in self._files.values())
@@ -199,6 +211,7 @@ class Handles:
         """Remove an open file and return it.  Raises OSError(EBADF)."""
         handle = self._file(number)
         del self._files[number]
+        self._closed(handle.node)
         self._unanswered.pop(handle.unique, None)
         self._freed.append(number)
         return handle
@@ -226,6 +239,7 @@ class Handles:
         """Remove an open directory and return it.  Raises OSError(EBADF)."""
         handle = self.directory(number)
         del self._directories[number]
+        self._closed(handle.node)
         self._freed.append(number)
         self._journal.note(records.ClosedDirectory(number))
         return handle
@@ -253,6 +267,7 @@ class Handles:
             self._lingering[handle.serial] = handle
             return
         self._files[number] = handle
+        self._open[handle.node.id] += 1
         handle.number = number
         self._by_unique[handle.unique] = number
         if not handle.answered:
@@ -261,6 +276,7 @@ class Handles:
     def restore_directory(self, number: int, handle: DirectoryHandle) -> None:
         """Take over an open directory."""
         self._directories[number] = handle
+        self._open[handle.node.id] += 1
         self._by_unique[handle.unique] = number
 
     def take_all(self) -> list[FileHandle]:
@@ -271,4 +287,5 @@ class Handles:
         self._directories.clear()
         files = list(self._files.values())
         self._files.clear()
+        self._open.clear()
         return files

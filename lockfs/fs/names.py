@@ -10,11 +10,12 @@ from collections.abc import Callable, Sequence
 from pyfuse3 import EntryAttributes, RequestContext
 
 from lockfs.fs import source
-from lockfs.fs.base import Base, Parts, replies
+from lockfs.fs.base import Base, Parts, replies, replies_at_once
 from lockfs.fs.guard import Hold
 from lockfs.fs.journal.effects import Effect
 from lockfs.fs.nodes import Node
 from lockfs.fs.source import Found, apply_umask
+from lockfs.kernel.wire import Attributes
 from lockfs.linux import files
 from lockfs.protocol.messages import Owner
 
@@ -37,9 +38,7 @@ class NameOperations(Base):
         """Find a name; ``.`` and ``..`` come from file servers that look for a lost inode."""
         parent = self.nodes.get(parent_inode)
         if name in (b".", b".."):
-            if name == b"." and parent.id in self.doubtful:
-                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
-            node = parent if name == b"." or parent.parent is None else parent.parent
+            node = self._dots(parent, name)
             with self.nodes.borrow(node) as fd:
                 status = await self.work.short(ctx, os.fstat, fd)
             self.nodes.count(node)
@@ -48,6 +47,26 @@ class NameOperations(Base):
         with self.nodes.borrow(parent) as directory:
             found = await self.work.short(ctx, source.find, directory, name)
         return self.enter(found, parent, name)
+
+    @replies_at_once
+    def lookup_at_once(self, parent_inode: int, name: bytes) -> Attributes:
+        """Do as `lookup`, on storage that answers at once."""
+        parent = self.nodes.get(parent_inode)
+        if name in (b".", b".."):
+            node = self._dots(parent, name)
+            stat = os.fstat(self.nodes.fd(node))
+            self.nodes.count(node)
+        else:
+            self.visible(parent, name)
+            found = source.find(self.nodes.fd(parent), name)
+            stat = found.stat
+            node = self.nodes.adopt(found, parent, name)
+        return self.known(node, stat)
+
+    def _dots(self, parent: Node, name: bytes) -> Node:
+        if name == b"." and parent.id in self.doubtful:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return parent if name == b"." or parent.parent is None else parent.parent
 
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
         """Take back lookups."""
@@ -181,9 +200,10 @@ class NameOperations(Base):
                 return
             held = await self._take([(parent, directory, name)], 0, owner, ctx)
             try:
+                await self.losing_name(held.found(0))
                 with effect.intend(identity=held.identity(0)):
                     await self.work.long(ctx, lambda: os.unlink(name, dir_fd=directory))
-                held.lost_name(0)
+                await self.lost_name(held.found(0))
                 effect.finish()
             finally:
                 await held.give_back()
@@ -201,9 +221,10 @@ class NameOperations(Base):
                 return
             found = await self.work.short(ctx, source.find, directory, name)
             try:
+                await self.losing_name(found)
                 with effect.intend(identity=(found.stat.st_dev, found.stat.st_ino)):
                     await self.work.long(ctx, lambda: os.rmdir(name, dir_fd=directory))
-                self.nodes.pin(found)
+                await self.lost_name(found)
                 effect.finish()
             finally:
                 found.close()
@@ -243,9 +264,13 @@ class NameOperations(Base):
                 places.pop()
             held = await self._take(places, 2 if flags & files.RENAME_EXCHANGE else 1, owner, ctx)
             try:
+                if replaces := not flags & files.RENAME_EXCHANGE:
+                    await self.losing_name(held.found(1))
                 with effect.intend(identity=held.identity(0), other=held.identity(1)):
                     await self.work.long(ctx, files.rename, old, name_old, new, name_new, flags)
                 held.renamed(old_parent, name_old, new_parent, name_new, flags)
+                if replaces:
+                    await self.lost_name(held.found(1))
                 effect.finish()
             finally:
                 await held.give_back()
@@ -316,28 +341,23 @@ class _Taken:
         """Tell whether every name still leads to what was found there."""
         return all(found is None or source.same(directory, name, found) for directory, name, found in self._found)
 
+    def found(self, which: int) -> Found | None:
+        """Return what a name leads to, None for nothing; it stays this object's."""
+        return self._found[which][2] if which < len(self._found) else None
+
     def identity(self, which: int) -> tuple[int, int]:
         """Return device and inode number of what a name leads to, (0, 0) for nothing."""
-        found = self._found[which][2] if which < len(self._found) else None
+        found = self.found(which)
         return (0, 0) if found is None else (found.stat.st_dev, found.stat.st_ino)
-
-    def lost_name(self, which: int) -> None:
-        """Keep what lost a name reachable, without one if need be, while the kernel knows it."""
-        found = self._found[which][2]
-        if found is not None:
-            self._operations.nodes.pin(found)
 
     def renamed(self, old_parent: Node, old: bytes, new_parent: Node, new: bytes, flags: int) -> None:
         """Bring the table up to date after a rename."""
         nodes = self._operations.nodes
-        moved = self._found[0][2]
-        other = self._found[1][2] if len(self._found) > 1 else None
+        moved, other = self.found(0), self.found(1)
         if moved is not None:
             nodes.moved(moved.key, new_parent, new)
         if other is not None and flags & files.RENAME_EXCHANGE:
             nodes.moved(other.key, old_parent, old)
-        elif other is not None:
-            self.lost_name(1)
 
     async def give_back(self) -> None:
         """Release the holds and close the descriptors."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 import errno
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import trio
@@ -254,21 +254,24 @@ class NodeTable:
                 if node.fenced:
                     yield records.Fenced(node.id)
 
-    def restore(self, state: State) -> None:
-        """Take over the nodes of the daemon before."""
+    def restore(self, state: State, kept: Mapping[int, int]) -> None:
+        """Take over the nodes of the daemon before, with the descriptors that were kept of some, by node id."""
         self.last = max(ROOT, state.last_node)
         for number, known in state.nodes.items():
             found = known.found
             key = found.handle if found.handle is not None else (found.dev, found.ino)
             node = Node(number, key, (found.dev, found.ino), -1, None, known.name)
             node.lookups, node.fenced = max(1, known.lookups), known.fenced
-            node.pinned = node.pinned or known.pinned
+            node.pinned = node.pinned or known.pinned or number in kept
+            node.fd = kept.get(number, -1)
             self._by_id[number] = node
             if not node.fenced:
                 self._by_key[key] = node
         for number, known in state.nodes.items():
             # A parent that the kernel has forgotten: only the path for people suffers.
             self._by_id[number].parent = self._by_id.get(known.parent, self.root)
+        for number in kept.keys() - state.nodes.keys():
+            self._close_soon(kept[number])
         for number, known in state.nodes.items():
             if known.pinned:
                 self._try_to_open(self._by_id[number])

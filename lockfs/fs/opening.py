@@ -132,6 +132,8 @@ class OpenOperations(WriteRights):
             self.mappings.opened(node, handle.hold)
         number = self.handles.add_file(handle)
         self.open_gate(handle)
+        if self.nameless is not None and node.pinned:
+            await self.nameless.opened(node, fd)
         return self._info(number, handle)
 
     def _info(self, number: int, handle: FileHandle) -> FileInfo:

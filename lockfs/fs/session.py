@@ -3,7 +3,7 @@
 Invariants:
 * What was granted stays granted over the death of lockd: the descriptors in which locks live are open in this daemon
   too, and the next lockd takes them up from here (`_come_back`).
-* A call that lockd's death has cut short is made again, and counts once.  `_epoch` says how often all that is held was
+* A call that lockd's death has cut short is made again, and counts once.  `epoch` says how often all that is held was
   listed for a new lockd: what was granted before, and came to be known here after, is not granted any more; what was
   given back before is not listed, and needs no call.
 * Who asks for a lock waits while there is no lockd, for at most `PATIENCE`; then nothing is granted.
@@ -22,12 +22,14 @@ import trio
 
 from lockfs.backend import Mode
 from lockfs.errors import LockfsError, LockUnavailable
+from lockfs.fs.handover import Held, in_messages
+from lockfs.fs.vigil import Vigil
 from lockfs.linux.closer import Closer
 from lockfs.linux.deadline import Deadline
 from lockfs.protocol import messages
 from lockfs.protocol.client import LockdClient
 from lockfs.protocol.errors import LockdGone, NotHeld
-from lockfs.protocol.messages import HeldImage, Owner
+from lockfs.protocol.messages import Owner
 from lockfs.protocol.wire import MAX_FDS, close_all
 from lockfs.steps import step
 
@@ -39,23 +41,8 @@ FIRST_PAUSE, LAST_PAUSE = 0.05, 2.0
 """Seconds before the next try to start one."""
 CLAIMS = 1000
 """Holds that are claimed in one message."""
-AT_ONCE = 200
-"""Images of one message of a hand-over: far below its limit of bytes, with names of usual lengths."""
-
 T = TypeVar("T", bound=msgspec.Struct)
 log = logging.getLogger("lockfs.lockd-client")
-
-
-@dataclass(frozen=True, slots=True)
-class Held:
-    """One image that the guard holds, with the descriptors that its lock lives in, which stay the guard's."""
-
-    image: messages.Image
-    holds: list[messages.HeldBy]
-    lock_fd: int
-    keep_fds: Sequence[int]
-    lost: bool
-    token: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,12 +66,16 @@ class LockdSession:
         self._mount_id = ""
         self._fuse_fd = -1
         self._attachment: _Attachment | None = None
-        self._epoch = 0
+        self.epoch = 0
+        """How often all that is held was listed for a lockd that was started anew."""
         self.deadline: Deadline | None = None
         """Until when the locks of this mount are safe; None if they do not expire."""
+        self.entrusted: Callable[[], dict[int, int]] = dict
+        """Returns what lockd is to keep for a successor: descriptors by node, to be closed by who called."""
         self._heed: Callable[[int], None] | None = None
         self._up, self._down = trio.Event(), trio.Event()
         self._ended = False
+        self._vigil = Vigil(run_dir)
         self._closer = Closer(mount.mountpoint)
 
     @classmethod
@@ -188,6 +179,24 @@ class LockdSession:
         answer, _ = await self._client.call(messages.Known(self._mount_id, nodes), messages.KnownNodes)
         return set(answer.nodes)
 
+    async def entrust(self, nodes: Sequence[int], fds: Sequence[int]) -> None:
+        """Have lockd keep a descriptor of each node for a successor; they stay the caller's.  Raises `LockfsError`."""
+        await self._call(messages.Entrust(self._mount_id, list(nodes)), messages.Entrusted, fds)
+
+    async def dispose(self, nodes: Sequence[int]) -> None:
+        """Have lockd close what it keeps of these nodes.  Raises `LockfsError`."""
+        await self._call(messages.Dispose(self._mount_id, list(nodes)), messages.Noted)
+
+    async def fetch(self) -> dict[int, int]:
+        """Return the descriptors that lockd has kept for a successor, by node.  Raises `LockUnavailable`."""
+        found: dict[int, int] = {}
+        while True:
+            call = messages.Fetch(self._mount_id, max(found, default=0))
+            fetched, fds = await self._client.call(call, messages.Fetched)
+            found.update(zip(fetched.nodes, fds, strict=True))
+            if not fetched.nodes:
+                return found
+
     async def reclaim(self, image: messages.Image) -> tuple[int | None, list[int]]:
         """Return the token of the lock of an image, and the descriptors to keep with it.  Raises `LockfsError`."""
         call = messages.Reclaim(self._mount_id, image.dev, image.ino)
@@ -206,13 +215,13 @@ class LockdSession:
         call = messages.Acquire(self._mount_id, image, mode.value, owner, self._wait, node=node)
         while True:
             down = await self._wait_until_up()
-            epoch = self._epoch
+            epoch = self.epoch
             try:
                 acquired, keep = await self._client.call(call, messages.Acquired, [fd])
             except LockdGone:
                 await _come(down)
                 continue
-            if self._epoch == epoch:
+            if self.epoch == epoch:
                 return acquired, keep
             for each in keep:
                 os.close(each)
@@ -223,10 +232,10 @@ class LockdSession:
         Waits for lockd as long as that takes: until then the descriptors must stay.
         """
         call = messages.Release(self._mount_id, image.dev, image.ino, mode.value, owner.key)
-        epoch, repeated = self._epoch, False
+        epoch, repeated = self.epoch, False
         while True:
             await self._up.wait()
-            if self._epoch != epoch:
+            if self.epoch != epoch:
                 return  # it is in no list that the next lockd was given
             down = self._down
             try:
@@ -314,6 +323,18 @@ class LockdSession:
 
         Started when orders arrive.
         """
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._vigil.keep)
+            await self._follow(mountpoint, obey, held, task_status)
+            nursery.cancel_scope.cancel()
+
+    async def _follow(
+        self,
+        mountpoint: str,
+        obey: Callable[[messages.Order], None],
+        held: Callable[[], list[Held]],
+        task_status: trio.TaskStatus[None],
+    ) -> None:
         started = False
         while True:
             async with trio.open_nursery() as nursery:
@@ -349,6 +370,7 @@ class LockdSession:
                     call = messages.Attach(self._mount_id, there.dev, there.data, resumable=there.resumable)
                     await self._client.call(call, messages.Attached, [there.root_fd, there.fuse_fd])
                     step("handover.after-attach")
+                await self._entrust_again()
                 return
             except (LockfsError, OSError) as error:
                 level = logging.ERROR if pause == LAST_PAUSE else logging.INFO
@@ -356,13 +378,27 @@ class LockdSession:
             await trio.sleep(pause)
             pause = min(2 * pause, LAST_PAUSE)
 
+    async def _entrust_again(self) -> None:
+        kept = self.entrusted()
+        try:
+            for at in range(0, len(kept), MAX_FDS):
+                part = dict(list(kept.items())[at : at + MAX_FDS])
+                call = messages.Entrust(self._mount_id, list(part))
+                await self._client.call(call, messages.Entrusted, list(part.values()))
+        except LockdGone:
+            raise
+        except LockfsError as error:
+            log.info("open files without names are lost if this mount daemon dies: %s", error)
+        finally:
+            self._closer.close(kept.values())
+
     async def _hand_over(self, held: Callable[[], list[Held]]) -> bool:
         """Give a lockd that was started anew all that this mount holds.  Return False if it is gone again.
 
         Descriptors stay open meanwhile: whoever would give back what they belong to waits for `_up`.
         """
-        self._epoch += 1
-        parts = _parts(held())
+        self.epoch += 1
+        parts = in_messages(held())
         try:
             for number, (images, fds) in enumerate(parts, 1):
                 step("handover.before-holds")
@@ -379,15 +415,18 @@ class LockdSession:
         obey: Callable[[messages.Order], None],
         task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
-        client = self._client
+        client, listening = self._client, False
         try:
             async with client.orders(self._mount_id) as orders:
+                listening = True
                 task_status.started()
                 async for order in orders:
+                    self._vigil.heard()
                     obey(order)
                     await client.call(messages.Obeyed(self._mount_id, order.serial), messages.Noted)
-        except LockUnavailable:
-            task_status.started()  # the life line tells
+        except LockUnavailable:  # the life line tells
+            if not listening:
+                task_status.started()
 
     async def end(self) -> None:
         """Leave; lockd then frees what is left of the mount."""
@@ -402,20 +441,3 @@ async def _come(down: trio.Event) -> None:
     """A call was cut short: wait until that is known here, too, so that the next one goes to the next lockd."""
     with trio.move_on_after(LAST_PAUSE):
         await down.wait()
-
-
-def _parts(held: Sequence[Held]) -> list[tuple[list[HeldImage], list[int]]]:
-    """Return messages of a hand-over, each with its descriptors; at least one."""
-    parts: list[tuple[list[HeldImage], list[int]]] = [([], [])]
-    for each in held:
-        more = [*([each.lock_fd] if each.lock_fd >= 0 else []), *each.keep_fds]
-        images, fds = parts[-1]
-        if len(images) >= AT_ONCE or len(fds) + len(more) > MAX_FDS:
-            images, fds = [], []
-            parts.append((images, fds))
-        at = len(fds)
-        keep_at = at + (each.lock_fd >= 0)
-        keep = list(range(keep_at, keep_at + len(each.keep_fds)))
-        images.append(HeldImage(each.image, each.holds, at if each.lock_fd >= 0 else -1, keep, each.lost, each.token))
-        fds += more
-    return parts

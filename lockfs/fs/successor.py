@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
+from collections.abc import Mapping
 from functools import partial
 
 import pyfuse3
@@ -100,8 +101,10 @@ async def _resume(
     connection.heed(operations, session)
     if state.begin.data == "passthrough":
         daemon.bypass(operations, heir.fuse_fd, state.begin.dev, nursery)
-    await _restore(operations, state)
+    kept = await session.fetch()
+    await _restore(operations, state, kept)
     survival.begin_journal(request, operations, heir.mount_id, state.begin.dev)
+    survival.provide_for_nameless(operations, session, nursery, kept)
     if operations.backing is not None:
         ahead = range(state.last_backing_id + 1, state.last_backing_id + 1 + MAX_TASKS)
         operations.backing.close_unused((*state.abandoned, *ahead))
@@ -158,8 +161,8 @@ def _claims(operations: Operations) -> list[Claimed]:
     })  # fmt: skip
 
 
-async def _restore(operations: Operations, state: State) -> None:
-    operations.nodes.restore(state)
+async def _restore(operations: Operations, state: State, kept: Mapping[int, int]) -> None:
+    operations.nodes.restore(state, kept)
     operations.effects.restore(state)
     operations.handles.restore(state)
     counts: Counter[int] = Counter()

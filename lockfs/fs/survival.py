@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVarTuple
+
+import trio
 
 from lockfs import options, text
 from lockfs.errors import EXIT_SYSTEM
 from lockfs.fs.journal import records
+from lockfs.fs.nameless import Nameless
 from lockfs.fs.operations import Operations
+from lockfs.fs.session import LockdSession
 from lockfs.linux.libc import failed, libc
 from lockfs.protocol.start import journal_path
 
@@ -74,6 +78,17 @@ def begin_journal(request: Request, operations: Operations, mount_id: str, dev: 
         operations.effects.journal.begin(journal_path(request.run_dir, mount_id), snapshot)
     except OSError as error:
         log.error("there is no journal (%s): if this mount daemon dies it will have no successor", error)
+
+
+def provide_for_nameless(
+    operations: Operations, session: LockdSession, nursery: trio.Nursery, kept: Mapping[int, int] | None = None
+) -> None:
+    """Have lockd keep what is open and loses its last name, where there may be a successor; *kept* it has already."""
+    if operations.effects.journal.begun:
+        operations.nameless = Nameless(
+            operations.nodes, operations.handles, operations.work, operations.backing, session, nursery
+        )
+        operations.nameless.restore(kept or {})
 
 
 def _as_text(request: Request) -> dict[str, str]:

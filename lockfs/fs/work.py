@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Protocol, TypeVar, TypeVarTuple, Unpack
 
 import trio
@@ -100,6 +100,11 @@ class Work:
         """Close a descriptor some time soon: the last one of a removed file makes the storage free all its blocks."""
         self._closing.put(fd)
 
+    async def close_now(self, fds: Iterable[int]) -> None:
+        """Close descriptors, and return when that is done.  Never fails, and is not cut short by a cancellation."""
+        with trio.CancelScope(shield=True):
+            await trio.to_thread.run_sync(_close_all, tuple(fds), limiter=self._sync)
+
     def finish(self) -> None:
         """Close what is still to be closed, and end."""
         self._closing.put(-1)
@@ -107,7 +112,7 @@ class Work:
 
     def _close_each(self) -> None:
         while (fd := self._closing.get()) >= 0:
-            os.close(fd)
+            _close_all([fd])
 
     async def _run(
         self, limiter: trio.CapacityLimiter, caller: Caller, call: Callable[[Unpack[Ts]], T], *args: *Ts
@@ -124,3 +129,11 @@ class Work:
                 credentials.become(0, 0)
 
         return await trio.to_thread.run_sync(as_caller, limiter=limiter)
+
+
+def _close_all(fds: Iterable[int]) -> None:
+    for fd in fds:
+        try:
+            os.close(fd)
+        except OSError:
+            pass  # it reports on data that somebody else wrote; the descriptor is gone all the same

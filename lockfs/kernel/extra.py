@@ -12,6 +12,14 @@ missing is left to libfuse, which answers ENOSYS, and the kernel does without:
     async def lseek(self, fh, offset, whence) -> int                    # SEEK_DATA and SEEK_HOLE only
     async def copy_file_range(self, fh_in, off_in, fh_out, off_out, length, flags) -> int
 
+The most frequent ones may have handlers that never wait, in place of those that pyfuse3 would call:
+
+    def getattr_at_once(self, inode) -> Attributes
+    def lookup_at_once(self, parent_inode, name) -> Attributes
+
+They are asked if the object says ``answers_at_once``; an answer then costs no task, and no turn of the event loop of
+its own.
+
 Where there is a method ``answered(unique)``, it is called when the kernel has taken the answer to one of these.
 
 `fh` is the plain index of the handle, without backing id; `ctx` is a `Caller`.  A handler raises FUSEError; of
@@ -34,6 +42,7 @@ import pyfuse3
 import trio
 
 from lockfs.kernel import session, wire
+from lockfs.kernel.wire import Attributes
 
 log = logging.getLogger("lockfs.kernel")
 
@@ -60,6 +69,8 @@ class Request:
 
 
 Serve = Callable[[Request], Awaitable[bytes]]
+ServeAtOnce = Callable[[int, bytes], bytes]
+"""Of the node and the body of a request."""
 
 
 class Requests:
@@ -72,14 +83,22 @@ class Requests:
         for handler, opcodes in _SERVED.items():
             if method := getattr(operations, handler, None):
                 self._serve |= {opcode: partial(serve, method) for opcode, serve in opcodes.items()}
+        self._at_once: dict[int, ServeAtOnce] = {}
+        if getattr(operations, "answers_at_once", False):
+            for handler, (opcode, serve_at_once) in _SERVED_AT_ONCE.items():
+                if method := getattr(operations, handler, None):
+                    self._at_once[opcode] = partial(serve_at_once, method)
 
     @property
     def opcodes(self) -> int:
         """The opcodes that are served, as a bit mask."""
-        return sum(1 << opcode for opcode in self._serve)
+        return sum(1 << opcode for opcode in (*self._serve, *self._at_once))
 
     def take(self, opcode: int, unique: int, node: int, uid: int, gid: int, pid: int, body: bytes) -> None:
         """Take a request from the extension.  What this raises makes the extension answer EIO."""
+        if (serve := self._at_once.get(opcode)) is not None:
+            _answer_at_once(serve, opcode, unique, node, body)
+            return
         request = Request(opcode, unique, node, Caller(uid, gid, pid), body)
         self._nursery.start_soon(self._answer, request, name=f"fuse opcode {opcode}, node {node}")
 
@@ -97,6 +116,18 @@ class Requests:
             # Also when it is cancelled: a request without an answer leaves its caller unkillable.
             if _reply(request.unique, error, data):
                 self._answered(request.unique)
+
+
+def _answer_at_once(serve: ServeAtOnce, opcode: int, unique: int, node: int, body: bytes) -> None:
+    error, data = errno.EIO, b""
+    try:
+        data = serve(node, body)
+        error = 0
+    except pyfuse3.FUSEError as refusal:
+        error = refusal.errno
+    except Exception:
+        log.exception("the handler of FUSE opcode %d failed", opcode)
+    _reply(unique, error, data)
 
 
 def _nobody_cares(_unique: int) -> None:
@@ -143,12 +174,20 @@ def _opened(info: pyfuse3.FileInfo) -> bytes:
 
 def _entered(entry: pyfuse3.EntryAttributes) -> bytes:
     return wire.entry_out(
-        wire.Attributes(
+        Attributes(
             entry.st_ino, entry.generation, entry.entry_timeout, entry.attr_timeout, entry.st_size, entry.st_blocks,
             entry.st_atime_ns, entry.st_mtime_ns, entry.st_ctime_ns, entry.st_mode, entry.st_nlink, entry.st_uid,
             entry.st_gid, entry.st_rdev, entry.st_blksize,
         )
     )  # fmt: skip
+
+
+def _getattr(handler: Callable[[int], Attributes], node: int, _body: bytes) -> bytes:
+    return wire.attr_out(handler(node))
+
+
+def _lookup(handler: Callable[[int, bytes], Attributes], node: int, body: bytes) -> bytes:
+    return wire.entry_out(handler(node, body.partition(b"\0")[0]))
 
 
 async def _fallocate(handler: Handler, request: Request) -> bytes:
@@ -189,3 +228,8 @@ _SERVED: dict[str, dict[int, Callable[[Handler, Request], Awaitable[bytes]]]] = 
     "copy_file_range": {wire.COPY_FILE_RANGE: _copy, wire.COPY_FILE_RANGE_64: _copy_64},
 }
 """For each handler the opcodes that it serves."""
+
+_SERVED_AT_ONCE: dict[str, tuple[int, Callable[..., bytes]]] = {
+    "getattr_at_once": (wire.GETATTR, _getattr),
+    "lookup_at_once": (wire.LOOKUP, _lookup),
+}

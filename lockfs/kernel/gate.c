@@ -237,6 +237,7 @@ static void reply(int device, uint64_t unique, ssize_t result, const void *data,
     bool more = result >= 0 && size;
     if (more)
         out.len += (uint32_t)size;
+    readers_look_around();
     ssize_t unused = writev(device, iov, more ? 2 : 1); /* fails if who asked is gone */
     (void)unused;
 }

@@ -1,9 +1,13 @@
 /* The threads that read the requests.
  *
- * Each waits for a request; one for data it carries out and answers by itself (gate.c), any other goes to the inbox, from
- * which pyfuse3 gets it.  So data costs no switch between threads, and no wait for the GIL.  While a thread is busy with
- * the storage another one waits for requests; where there may be no more threads the last one puts the work on data off,
- * for those that come back, so that there is always one that reads.
+ * A request for data is carried out and answered by the thread that has read it (gate.c), any other goes to the inbox,
+ * from which pyfuse3 gets it.  So data costs no switch between threads, and no wait for the GIL.
+ *
+ * As long as requests come one by one a single thread serves them all: the kernel wakes those that wait in turn, and
+ * each time another one on another processor would cost as much as the work itself.  Another thread keeps watch, and
+ * reads when the first has been busy for a while.  Once requests overlap, several wait for them, and while one is busy
+ * there is always another that reads.  Where there may be no more threads the last one puts the work on data off, for
+ * those that come back.  With no requests all are at rest.
  *
  * Two requests may change places on their way to the inbox, as they may in libfuse's own loop. */
 #include "shim.h"
@@ -13,6 +17,7 @@
 #include <poll.h>
 #include <pthread.h>
 #include <signal.h>
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
@@ -20,7 +25,11 @@
 #include <unistd.h>
 
 #define MOST_THREADS 32
-#define ENOUGH_WAITING 4 /* threads; with fewer, one would go to rest while the next request is on its way */
+#define ENOUGH_WAITING 4 /* threads, of a crowd; with fewer, one would rest while the next request is on its way */
+#define CROWD_LASTS 64   /* requests for data after the last that overlapped with another */
+#define LOOK_EACH 8      /* requests for data, to see whether they overlap */
+#define WATCH_TICK 2000000L /* ns; whoever is busy for a tick or two is not waited for any longer */
+#define WATCH_LASTS 16      /* ticks without a request for data */
 #define PAGE 4096
 #define WAKE_UP (SIGRTMIN + 5)
 
@@ -44,8 +53,12 @@ static struct {
     bool alive[MOST_THREADS];
     unsigned threads;
     unsigned waiting; /* threads that read, or are called to */
+    unsigned busy;    /* threads at work on data */
     unsigned parked;  /* threads that rest; of these are */
     unsigned called;  /* called to read */
+    bool watch, watching; /* one of those that rest is to keep watch; one does */
+    atomic_uint taken; /* requests for data, ever */
+    atomic_uint crowd; /* for so many requests more, several threads wait */
     int error;        /* the connection has ended with */
     bool stop;
 } readers = {
@@ -110,7 +123,7 @@ static void put(struct queue *queue, const struct request *request)
 
 static void *run(void *);
 
-/* With the lock held. */
+/* With the lock held: one that rests. */
 static bool one_more_thread(void)
 {
     uintptr_t slot = 0;
@@ -129,29 +142,93 @@ static bool one_more_thread(void)
     pthread_sigmask(SIG_SETMASK, &before, NULL);
     pthread_attr_destroy(&attributes);
     readers.threads += readers.alive[slot];
-    readers.waiting += readers.alive[slot];
+    readers.parked += readers.alive[slot];
     return readers.alive[slot];
 }
 
-/* Before work that may take long: see to it that another thread reads.  Return whether one does. */
+/* With the lock held: have one more thread read. */
+static bool call(void)
+{
+    if (readers.parked == readers.called && !one_more_thread())
+        return false;
+    readers.called++;
+    readers.waiting++;
+    pthread_cond_signal(&readers.call);
+    return true;
+}
+
+/* With the lock held: see to it that a thread keeps watch. */
+static bool have_watch(void)
+{
+    if (readers.watching)
+        return true;
+    if (readers.parked == readers.called && !one_more_thread())
+        return false;
+    readers.watch = true;
+    pthread_cond_signal(&readers.call);
+    return true;
+}
+
+/* Before work that may take long: see to it that requests are read meanwhile.  Return whether the work is to be done. */
 static bool go_off(void)
 {
     pthread_mutex_lock(&readers.lock);
-    bool others = readers.waiting > 1;
-    if (!others && readers.parked > readers.called) {
-        readers.called++;
+    atomic_fetch_add(&readers.taken, 1);
+    if (readers.busy)
+        atomic_store(&readers.crowd, CROWD_LASTS);
+    else if (atomic_load(&readers.crowd))
+        atomic_fetch_sub(&readers.crowd, 1);
+    readers.waiting--;
+    bool others = readers.waiting || (atomic_load(&readers.crowd) ? call() : have_watch());
+    bool now = others || !readers.busy; /* if nobody else is there, nobody will come back */
+    if (now)
+        readers.busy++;
+    else
         readers.waiting++;
-        pthread_cond_signal(&readers.call);
-        others = true;
-    }
-    others = others || one_more_thread();
-    if (others)
-        readers.waiting--;
     pthread_mutex_unlock(&readers.lock);
-    return others;
+    return now;
 }
 
-/* After it: do what was put off meanwhile, then read again, or rest where enough others read. */
+/* With the lock held: read if nobody else has done so for a tick, until called, or there is nothing to watch. */
+static void keep_watch(void)
+{
+    unsigned quiet = 0;
+    readers.watch = false;
+    readers.watching = true;
+    while (!readers.called && !readers.stop && quiet < WATCH_LASTS) {
+        struct timespec until;
+        unsigned taken = atomic_load(&readers.taken);
+        clock_gettime(CLOCK_MONOTONIC, &until);
+        until.tv_nsec += WATCH_TICK;
+        until.tv_sec += until.tv_nsec / 1000000000;
+        until.tv_nsec %= 1000000000;
+        pthread_cond_timedwait(&readers.call, &readers.lock, &until); /* by that clock: readers_start() */
+        quiet = taken == atomic_load(&readers.taken) ? quiet + 1 : 0;
+        if (quiet && readers.busy && !readers.waiting && !readers.called) {
+            atomic_store(&readers.crowd, CROWD_LASTS);
+            readers.called++;
+            readers.waiting++;
+        }
+    }
+    readers.watching = false;
+}
+
+/* With the lock held: rest until called. */
+static void rest(void)
+{
+    while (!readers.called && !readers.stop)
+        if (readers.watch)
+            keep_watch();
+        else
+            pthread_cond_wait(&readers.call, &readers.lock);
+    if (readers.called)
+        readers.called--;
+    else
+        readers.waiting++; /* to see that it is the end */
+    readers.parked--;
+}
+
+/* After work: do what was put off meanwhile, then read again, or rest where enough others read. */
 static void come_back(struct request *request)
 {
     struct message *message;
@@ -164,16 +241,27 @@ static void come_back(struct request *request)
             put(&readers.inbox, request);
         pthread_mutex_lock(&readers.lock);
     }
-    if (readers.waiting < ENOUGH_WAITING || readers.stop) {
+    readers.busy--;
+    if (readers.waiting < (atomic_load(&readers.crowd) ? ENOUGH_WAITING : 1) || readers.stop) {
         readers.waiting++;
     } else {
         readers.parked++;
-        while (!readers.called)
-            pthread_cond_wait(&readers.call, &readers.lock);
-        readers.called--;
-        readers.parked--;
+        rest();
     }
     pthread_mutex_unlock(&readers.lock);
+}
+
+/* After a request was put off: those who were to do it may have come back meanwhile. */
+static bool is_left_alone(void)
+{
+    pthread_mutex_lock(&readers.lock);
+    bool alone = !readers.busy && readers.put_off.first;
+    if (alone) {
+        readers.busy++;
+        readers.waiting--;
+    }
+    pthread_mutex_unlock(&readers.lock);
+    return alone;
 }
 
 static void handle(struct request *request)
@@ -188,6 +276,8 @@ static void handle(struct request *request)
         come_back(request);
     } else {
         put(&readers.put_off, request);
+        if (is_left_alone())
+            come_back(request);
     }
 }
 
@@ -210,6 +300,9 @@ static ssize_t receive(struct request *request)
 
 static void *run(void *slot)
 {
+    pthread_mutex_lock(&readers.lock);
+    rest();
+    pthread_mutex_unlock(&readers.lock);
     /* The data of a WRITE, and what is read, are aligned as O_DIRECT needs it. */
     unsigned char *block = NULL;
     ssize_t got = -ENOMEM;
@@ -257,6 +350,11 @@ int readers_start(int fd)
     readers.error = 0;
     int error = readers.threads ? EBUSY : 0;
     if (!error) {
+        pthread_condattr_t attributes;
+        pthread_condattr_init(&attributes);
+        pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC);
+        pthread_cond_init(&readers.call, &attributes);
+        pthread_condattr_destroy(&attributes);
         readers.device = fcntl(fd, F_DUPFD_CLOEXEC, 3);
         readers.event = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
         if (readers.device < 0 || readers.event < 0)
@@ -278,8 +376,6 @@ bool readers_stop(void)
     time_t last = until.tv_sec + 1;
     pthread_mutex_lock(&readers.lock);
     __atomic_store_n(&readers.stop, true, __ATOMIC_SEQ_CST);
-    readers.waiting += readers.parked - readers.called;
-    readers.called = readers.parked;
     pthread_cond_broadcast(&readers.call);
     while (readers.threads && until.tv_sec <= last) {
         for (int i = 0; i < MOST_THREADS; i++) /* again and again: one may have been about to read */
@@ -309,7 +405,7 @@ static void begin(void)
     int flags = fcntl(readers.device, F_GETFL);
     if (flags < 0 || fcntl(readers.device, F_SETFL, flags & ~O_NONBLOCK) < 0)
         readers.error = errno;
-    else if (!one_more_thread())
+    else if (!call())
         readers.error = EAGAIN;
     if (readers.error)
         raise_event();
@@ -318,6 +414,16 @@ static void begin(void)
 int readers_event(void)
 {
     return readers.event;
+}
+
+/* Called by a thread that is about to answer a request for data: until then whoever has made it makes no other, so that
+ * one that waits is evidence that they overlap. */
+void readers_look_around(void)
+{
+    struct pollfd device = {.fd = readers.device, .events = POLLIN};
+    bool now = atomic_load(&readers.taken) % LOOK_EACH == 0 && !atomic_load(&readers.crowd);
+    if (now && poll(&device, 1, 0) > 0)
+        atomic_store(&readers.crowd, CROWD_LASTS);
 }
 
 /* Return the length of the next request for pyfuse3, whose memory becomes the caller's; 0 if there is none now, or a

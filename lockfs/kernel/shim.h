@@ -61,6 +61,7 @@ bool gate_serve(int device, struct request *request); /* false: that is for Pyth
 int readers_start(int fd); /* 0, or an errno */
 bool readers_stop(void); /* whether all threads have ended */
 int readers_event(void);
+void readers_look_around(void);
 ssize_t readers_take(void **bytes);
 
 /* session.c */

@@ -8,7 +8,10 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
+LOOKUP = 1
+GETATTR = 3
 OPEN = 14
 CREATE = 35
 FALLOCATE = 43
@@ -35,7 +38,9 @@ _INIT_IN = struct.Struct("=IIIII")
 _OPEN_IN = struct.Struct("=II")
 _CREATE_IN = struct.Struct("=IIII")
 _OPEN_OUT = struct.Struct("=QIi")
-_ENTRY_OUT = struct.Struct("=QQQQII" + "QQQQQQIIIIIIIIII")
+_ATTR = "QQQQQQIIIIIIIIII"
+_ENTRY_OUT = struct.Struct("=QQQQII" + _ATTR)
+_ATTR_OUT = struct.Struct("=QII" + _ATTR)
 _FALLOCATE_IN = struct.Struct("=QQQII")
 _LSEEK_IN = struct.Struct("=QQII")
 _OFFSET_OUT = struct.Struct("=Q")
@@ -88,8 +93,7 @@ class Create:
     name: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Attributes:
+class Attributes(NamedTuple):
     """What struct fuse_entry_out tells of a file.  Times in nanoseconds since 1970, timeouts in seconds."""
 
     node: int
@@ -174,11 +178,20 @@ def entry_out(found: Attributes) -> bytes:
     """Return struct fuse_entry_out."""
     entry, entry_ns = _seconds(round(found.entry_timeout * _SECOND))
     attr, attr_ns = _seconds(round(found.attr_timeout * _SECOND))
+    return _ENTRY_OUT.pack(found.node, found.generation, entry, attr, entry_ns, attr_ns, *_attr(found))
+
+
+def attr_out(found: Attributes) -> bytes:
+    """Return struct fuse_attr_out."""
+    attr, attr_ns = _seconds(round(found.attr_timeout * _SECOND))
+    return _ATTR_OUT.pack(attr, attr_ns, 0, *_attr(found))
+
+
+def _attr(found: Attributes) -> tuple[int, ...]:
     atime, atime_ns = _seconds(found.atime_ns)
     mtime, mtime_ns = _seconds(found.mtime_ns)
     ctime, ctime_ns = _seconds(found.ctime_ns)
-    return _ENTRY_OUT.pack(
-        found.node, found.generation, entry, attr, entry_ns, attr_ns,
+    return (
         found.node, found.size, found.blocks, atime, mtime, ctime, atime_ns, mtime_ns, ctime_ns,
         found.mode, found.nlink, found.uid, found.gid, found.rdev, found.blksize, 0,
     )  # fmt: skip

@@ -17,7 +17,7 @@ import lockfs
 from lockfs import text
 from lockfs.backend import Holder, Image, Mode
 from lockfs.errors import LockUnavailable
-from lockfs.lockd import hosts
+from lockfs.lockd import hosts, nameless
 from lockfs.lockd.descriptor import Descriptor
 from lockfs.lockd.events import Events
 from lockfs.lockd.fence import Fencer
@@ -29,6 +29,7 @@ from lockfs.lockd.table import Ask, Table
 from lockfs.lockd.upgrade import Version
 from lockfs.protocol import messages
 from lockfs.protocol.varlink import MESSAGE_LIMIT, ProtocolError
+from lockfs.steps import step
 
 LIST_BYTES = MESSAGE_LIMIT // 2
 """Bytes of locks in one answer; one lock more, and the envelope, fit in the other half."""
@@ -131,6 +132,15 @@ class Service:
                 mounted = self._shares.get(request.mount_id, client.pid)
                 token, keep = self._table.kept(mounted, request.dev, request.ino)
                 return Answer(messages.Reclaimed(token), keep)
+            case messages.Entrust():
+                self._entrust(client, request, fds)
+                return Answer(messages.Entrusted())
+            case messages.Dispose():
+                nameless.dispose(self._shares.get(request.mount_id, client.pid), request.nodes)
+                return Answer(messages.Noted())
+            case messages.Fetch():
+                nodes, kept = nameless.after(self._shares.get(request.mount_id, client.pid), request.after)
+                return Answer(messages.Fetched(nodes), kept)
             case messages.Known():
                 mounted = self._shares.get(request.mount_id, client.pid)
                 return Answer(messages.KnownNodes(await self._shares.known(mounted, request.nodes)))
@@ -138,6 +148,7 @@ class Service:
                 mounted = self._shares.get(request.mount_id, client.pid)
                 return await self._take_over(mounted)
             case messages.Obeyed():
+                step("lockd.before-obeyed")
                 self._shares.get(request.mount_id, client.pid).orders.obeyed(request.serial)
                 return Answer(messages.Noted())
             case messages.Upgrade():
@@ -234,6 +245,12 @@ class Service:
             for each in request.images
         ]
         await self._succession.hand_over(mounted, images, last=request.last)
+
+    def _entrust(self, client: Client, request: messages.Entrust, fds: Descriptors) -> None:
+        mounted = self._shares.get(request.mount_id, client.pid)
+        if len(request.nodes) != len(fds.left):
+            raise ProtocolError("there must be one descriptor for each node")
+        nameless.keep(mounted, request.nodes, [fds.take(index) for index in range(len(request.nodes))])
 
     async def _acquire(self, client: Client, request: messages.Acquire, fds: Descriptors) -> Answer:
         mounted = self._shares.get(request.mount_id, client.pid)

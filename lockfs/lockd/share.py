@@ -91,7 +91,7 @@ class Mounted:
     is a `revival`; `restarts` counts them, `deaths` how often in a row one has died soon after it served.  `gone` says
     that the daemon has ended for good; a `keeper` then answers in its place while there may be somebody who can write.
     `fenced` has the node ids that were fenced.  `handed_over` says that the mount, which had come back, has said all
-    that it holds.
+    that it holds.  `nameless` is what `lockfs.lockd.nameless` keeps.
     """
 
     mount_id: str
@@ -112,6 +112,7 @@ class Mounted:
     restarts: int = 0
     deaths: int = 0
     served_since: float = -math.inf
+    nameless: dict[int, Descriptor] = field(default_factory=dict)
 
     @property
     def absent(self) -> bool:
@@ -134,4 +135,7 @@ class Mounted:
             self.attachment = None
         if self.source is not None:
             self.source.close()
+        for each in self.nameless.values():
+            each.close()
+        self.nameless.clear()
         self.detached = True

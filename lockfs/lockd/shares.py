@@ -1,8 +1,4 @@
-"""Which shares and mounts there are: registration, the backend of each share, and the end of a mount.
-
-One share has one backend with one set of options, whatever mount it is reached by: two ways to agree on
-locks would exclude nobody.
-"""
+"""Which mounts there are on this host: how one comes, gets a successor of its daemon, and goes."""
 
 from __future__ import annotations
 
@@ -10,13 +6,11 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import trio
 
-from lockfs import options, text
-from lockfs.backend import Backend, Context, Spec, find
 from lockfs.errors import LockfsError, MountError
 from lockfs.linux import fuseinode
 from lockfs.lockd.aftermath import Aftermath
@@ -29,7 +23,8 @@ from lockfs.lockd.lock import Lock
 from lockfs.lockd.recorder import Recorder
 from lockfs.lockd.revival import RESTARTS, Revival, watch
 from lockfs.lockd.share import Mounted, Share
-from lockfs.lockd.storage import STORAGE_TIMEOUT, Job, Storage
+from lockfs.lockd.sources import Sources
+from lockfs.lockd.storage import STORAGE_TIMEOUT
 from lockfs.lockd.succession import Succession
 from lockfs.lockd.table import Table
 from lockfs.protocol import messages, start
@@ -72,8 +67,7 @@ class Shares:
         self._recorder = recorder
         self._succession = succession
         self._run_dir = run_dir
-        self._shares: dict[tuple[int, int], Share] = {}
-        self._gates: dict[tuple[int, int], trio.Lock] = {}
+        self._sources = Sources(nursery, table, fencer, succession, host, run_dir)
 
     def get(self, mount_id: str, pid: int) -> Mounted:
         """Return the mount that process *pid* registered.  Raises `UnknownMount`."""
@@ -84,7 +78,7 @@ class Shares:
 
     def all(self) -> list[Share]:
         """Return the shares that are open."""
-        return list(self._shares.values())
+        return self._sources.all()
 
     def is_back(self, mount_id: str) -> bool:
         """Say whether a mount of the last lockd has come back."""
@@ -94,7 +88,7 @@ class Shares:
     def ghost(self, claim: Claim) -> Mounted | None:
         """Return what stands for a dead mount of the last lockd, if its share is there, else None."""
         there = self.mounts.get(claim.mount_id)
-        share = self._shares.get(claim.mount.mount.top)
+        share = self._sources.get(claim.mount.mount.top)
         if there is not None or share is None or share.ended.cancel_called:
             return there
         mount = claim.mount.mount
@@ -117,9 +111,7 @@ class Shares:
         share = ghost.share
         ghost.detach()
         del share.mounts[ghost.mount_id]
-        async with self._gates[share.dev, share.ino]:
-            if self._is_unused(share):
-                await self._close(share)
+        await self._sources.close_if_unused(share)
 
     def serves(self, dev: int) -> bool:
         """Say whether a mount that is attached has this device number."""
@@ -132,22 +124,8 @@ class Shares:
         mounted so.
         """
         try:
-            with trio.fail_after(STORAGE_TIMEOUT):
-                info = await trio.to_thread.run_sync(os.fstat, source_fd, abandon_on_cancel=True)
-                spec = await trio.to_thread.run_sync(find, mount.backend)
-            values = parse_options(spec, mount.options)
-            identity = (info.st_dev, info.st_ino)
-            async with self._gates.setdefault(identity, trio.Lock()):
-                share = self._shares.get(identity)
-                if share is not None and self._is_unused(share):
-                    await self._close(share)
-                    share = None
-                if share is None:
-                    share = await self._open(mount, source_fd, identity, spec, values)
-                _check_same(share, mount, values)
+            async with self._sources.shared(mount, source_fd) as share:
                 mounted = self._admit(mount, share, source_fd, pid, mount_id)
-        except trio.TooSlowError:
-            raise MountError(f"the storage of {mount.source} does not answer") from None
         except MountError:
             raise
         except (LockfsError, OSError) as error:
@@ -170,42 +148,6 @@ class Shares:
             raise
         self.mounts[mounted.mount_id] = share.mounts[mounted.mount_id] = mounted
         return mounted
-
-    async def _open(
-        self,
-        mount: messages.Mount,
-        source_fd: int,
-        identity: tuple[int, int],
-        spec: Spec,
-        values: Mapping[str, object],
-    ) -> Share:
-        storage = Storage(self._nursery, mount.source)
-        top = Descriptor(os.dup(source_fd), storage.closer)
-        try:
-            context = _context(mount, top.number, values, self.host, self._run_dir)
-            backend = await trio.to_thread.run_sync(spec.load, context)
-            share = Share(*identity, mount.source, mount.backend, values, top, backend, storage)
-            await storage.run(share, partial(_start, backend, top))
-        except BaseException:
-            top.close()
-            raise
-        self._shares[identity] = share
-        self._nursery.start_soon(self._attend, share)
-        return share
-
-    async def _attend(self, share: Share) -> None:
-        with share.ended:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._inherit, share)
-                async for grant in share.backend.lost():
-                    self._fencer.lose(share, grant)
-
-    async def _inherit(self, share: Share) -> None:
-        await self._succession.claims.settled()
-        try:
-            await share.storage.finish(share, lambda _: share.backend.inherit())
-        except LockfsError as error:
-            log.warning("what the last lockd held on %s could not be given back: %s", share.source, error)
 
     def attach(self, mounted: Mounted, call: messages.Attach, root_fd: int, fuse_fd: int) -> None:
         """Keep the root and the connection of a mount; the descriptors are lockd's from here on.
@@ -274,7 +216,7 @@ class Shares:
                     f"the daemon of {mounted.mount.mountpoint} is dead, and only lockd keeps its locks",
                     hint="Wait until it has been started again; or end who uses the mount.",
                 )
-        for share in self._shares.values():
+        for share in self.all():
             if share.storage.overdue:
                 raise MountError(f"the storage of {share.source} does not answer")
 
@@ -347,9 +289,7 @@ class Shares:
         self._tell("unmounted", mounted)
         await self._settle(locks)
         await self._succession.gone(mounted)
-        async with self._gates[share.dev, share.ino]:
-            if self._is_unused(share):
-                await self._close(share)
+        await self._sources.close_if_unused(share)
 
     async def _settle(self, locks: Sequence[Lock]) -> None:
         todo = iter(locks)
@@ -362,16 +302,6 @@ class Shares:
             for _ in range(min(SETTLERS, len(locks))):
                 nursery.start_soon(settle)
 
-    def _is_unused(self, share: Share) -> bool:
-        known = self._shares.get((share.dev, share.ino)) is share
-        return known and not share.mounts and not self._table.uses(share)
-
-    async def _close(self, share: Share) -> None:
-        share.ended.cancel()
-        await share.storage.finish(share, lambda _: share.backend.stop())
-        share.top.close()
-        del self._shares[share.dev, share.ino]
-
     def _tell(self, kind: str, mounted: Mounted) -> None:
         self._events.publish(messages.Event(kind, time.time(), mountpoint=mounted.mount.mountpoint))
 
@@ -380,57 +310,3 @@ async def _declare_bad(attachment: Attachment, nodes: Sequence[int]) -> None:
     """Have the kernel refuse all I/O on what was fenced while there was no mount daemon."""
     call = partial(fuseinode.fence, attachment.root.number)
     await attachment.requests.for_each(STORAGE_TIMEOUT, call, nodes, {}, [attachment.root])
-
-
-def parse_options(spec: Spec, given: Mapping[str, str]) -> dict[str, object]:
-    """Return the values of a backend's options, and of ``key``, which it may go by.
-
-    Raises `MountError` for a value that cannot be.
-    """
-    table = [*spec.options, *(option for option in options.OPTIONS if option.name == "key")]
-    values: dict[str, object] = {}
-    for option in table:
-        value = given.get(option.name, option.default)
-        try:
-            values[option.name] = option.parse(value)
-        except ValueError as error:
-            raise MountError(f"option {option.name}={value}: must be {error}") from None
-    return values
-
-
-def _check_same(share: Share, mount: messages.Mount, values: Mapping[str, object]) -> None:
-    if (share.backend_name, share.options) == (mount.backend, values):
-        return
-    other = next(iter(share.mounts.values())).mount.mountpoint if share.mounts else "a mount that is going away"
-    if share.backend_name != mount.backend:
-        what = f"with backend {share.backend_name}, not {mount.backend}"
-    else:
-        wrong = [name for name, value in values.items() if share.options.get(name) != value]
-        what = f"with other values of: {', '.join(wrong)}"
-    raise MountError(
-        f"{mount.source} is already mounted on {other} {what}",
-        hint=f"All mounts of one directory must agree on this. Use the same, or unmount {other} first.",
-    )
-
-
-async def _start(backend: Backend, top: Descriptor, job: Job[None]) -> None:
-    with top.in_use():
-        await backend.start()
-        if job.given_up():
-            with trio.CancelScope(shield=True):
-                await backend.stop()
-
-
-def _context(
-    mount: messages.Mount, source_fd: int, values: Mapping[str, object], host: str, run_dir: str
-) -> Context:
-    return Context(
-        source_fd=source_fd,
-        source=text.to_bytes(mount.source),
-        mountpoint=text.to_bytes(mount.mountpoint),
-        fstype=mount.fstype,
-        fsoptions=mount.fsoptions,
-        host=host,
-        options=values,
-        run_dir=run_dir,
-    )

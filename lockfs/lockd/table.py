@@ -13,24 +13,23 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import trio
 
 from lockfs import text
-from lockfs.backend import Backend, Busy, Grant, Holder, Image, Mode
-from lockfs.errors import LockfsError, LockUnavailable
+from lockfs.backend import Busy, Grant, Holder, Image, Mode
+from lockfs.errors import LockUnavailable
 from lockfs.lockd.claims import Claims
 from lockfs.lockd.descriptor import Descriptor
 from lockfs.lockd.events import Events
+from lockfs.lockd.granting import Ask, Granting, path_of
 from lockfs.lockd.lock import Key, Lock, Waiter
 from lockfs.lockd.recorder import Recorder
 from lockfs.lockd.share import Mounted, Share
 from lockfs.lockd.storage import Job
 from lockfs.protocol.errors import HeldError, NotHeld
 from lockfs.protocol.messages import Claimed, Event, FenceTarget, HolderInfo
-from lockfs.steps import step
 
 LOCAL_GRACE = 0.1
 """Seconds that a conflict on this host may last at least: a RELEASE comes after the close(2) that caused
@@ -43,27 +42,6 @@ wait must not become a load."""
 log = logging.getLogger(__name__)
 
 
-@dataclass(slots=True)
-class Ask:
-    """One acquire: for which mount, of what (`image.fd` is the number of `fd`), how, for whom, and how
-    patiently.
-
-    `node` is the number by which the kernel knows the file, 0 if it is not known.  `first` is set if it gives
-    this mount its first hold of the lock, `recorded` if it was written down that it is wanted.
-    """
-
-    mounted: Mounted
-    image: Image
-    fd: Descriptor
-    mode: Mode
-    owner: str
-    holder: Holder
-    wait: float
-    node: int = 0
-    first: bool = False
-    recorded: bool = False
-
-
 class Table:
     """All locks of this host."""
 
@@ -71,6 +49,7 @@ class Table:
         self.locks: dict[Key, Lock] = {}
         self._events = events
         self._recorder = recorder or Recorder()
+        self._granting = Granting(self._recorder, events)
         self._claims = claims
 
     # Acquire ---------------------------------------------------------------------------------
@@ -141,47 +120,16 @@ class Table:
                 f"the image is locked by way of {lock.share.source}, which {ask.mounted.share.source} overlaps with"
             )
         if lock.covers(ask.mode):
-            self._want(lock, ask)
+            self._granting.want(lock, ask)
             ask.first = lock.add(ask.mounted, ask.owner, ask.mode, ask.holder, ask.node)
             return True
 
         async def work(job: Job[bool]) -> bool:
             with ask.fd.in_use():
                 async with lock.transition:
-                    return await self._transit(lock, ask, job)
+                    return await self._granting.take(lock, ask, job)
 
         return await lock.share.storage.run(lock, work)
-
-    async def _transit(self, lock: Lock, ask: Ask, job: Job[bool]) -> bool:
-        await self._settle(lock)
-        if job.given_up() or lock.lost or lock.blocker(ask.owner, ask.mode) is not None:
-            return False
-        backend = lock.share.backend
-        self._want(lock, ask)
-        if lock.grant is None:
-            step("lockd.before-backend-acquire")
-            grant = await backend.acquire(ask.image, ask.mode, ask.holder)
-            step("lockd.after-backend-acquire")
-            if job.given_up():
-                with trio.CancelScope(shield=True):
-                    await _give_back(backend, grant)
-                return False
-            lock.grant, lock.fd, lock.mount, lock.since = grant, ask.fd, ask.mounted, ask.holder.since or time.time()
-            self._tell("acquired", lock, ask.holder)
-        elif lock.grant.mode is Mode.SHARED and ask.mode is Mode.EXCLUSIVE:
-            await backend.convert(lock.grant, Mode.EXCLUSIVE, ask.holder)
-            if job.given_up():
-                with trio.CancelScope(shield=True):
-                    await self._settle(lock)
-                return False
-        ask.first = lock.add(ask.mounted, ask.owner, ask.mode, ask.holder, ask.node)
-        return True
-
-    def _want(self, lock: Lock, ask: Ask) -> None:
-        """Write down what is about to be granted.  Raises `LockUnavailable`."""
-        if not ask.recorded:
-            self._recorder.wanted(lock, ask.mounted, ask.image, ask.owner, ask.holder, ask.node)
-            ask.recorded = True
 
     def _refused(self, ask: Ask, error: HeldError) -> None:
         path = ask.holder.path
@@ -273,33 +221,9 @@ class Table:
 
     async def _settle_alone(self, lock: Lock, _: Job[None]) -> None:
         async with lock.transition:
-            await self._settle(lock)
+            await self._granting.settle(lock)
         lock.kick()
         self.forget_if_idle(lock)
-
-    async def _settle(self, lock: Lock) -> None:
-        """Make the grant as weak as what is wanted.  The caller has the transition."""
-        if lock.grant is None or not lock.unsettled:
-            return
-        backend = lock.share.backend
-        if lock.wanted is not None:
-            if not lock.backed:
-                return
-            try:
-                await backend.convert(lock.grant, lock.wanted, next(iter(lock.holders())))
-            except LockfsError as error:
-                # Too strong a lock is safe; whoever wants to share it on another host is told that it is
-                # held.
-                log.warning("%s stays locked exclusively: %s", _path(lock), error)
-            return
-        if lock.backed:
-            await _give_back(backend, lock.grant)
-        else:
-            await _tell_fenced(backend, lock.grant)
-        self._tell("released", lock, None)
-        if lock.fd is not None:
-            lock.fd.close()
-        lock.grant, lock.fd, lock.mount, lock.lost, lock.backed = None, None, None, False, True
 
     # What else there is ----------------------------------------------------------------------
 
@@ -312,7 +236,7 @@ class Table:
         async def work(_: Job[list[HolderInfo]]) -> list[HolderInfo]:
             with fd.in_use():
                 async with lock.transition:
-                    await self._settle(lock)
+                    await self._granting.settle(lock)
                     if lock.holds:
                         return [HolderInfo.of(each, here=True) for each in lock.holders()]
                     claimed = self._claims.holders(lock.key[1:]) if self._claims is not None else []
@@ -348,7 +272,7 @@ class Table:
             return
         lock.lost = True
         self._recorder.lost(lock)
-        log.error("lost the lock on %s: %s; held here by %s", _path(lock), reason, _people(lock.holders()))
+        log.error("lost the lock on %s: %s; held here by %s", path_of(lock), reason, _people(lock.holders()))
         for hold in lock.holds.values():
             self._events.publish(
                 Event(
@@ -395,47 +319,8 @@ class Table:
         if lock.idle and self.locks.get(lock.key) is lock:
             del self.locks[lock.key]
 
-    def _tell(self, kind: str, lock: Lock, owner: Holder | None) -> None:
-        if lock.grant is None or lock.mount is None:
-            return
-        path = _path(lock)
-        log.debug("%s: %s (%s) %s", kind, path, lock.grant.mode.value, owner or "")
-        self._events.publish(
-            Event(
-                kind=kind,
-                time=time.time(),
-                mountpoint=lock.mount.mount.mountpoint,
-                image=path,
-                mode=lock.grant.mode.value,
-                owner=HolderInfo.of(owner, here=True) if owner else None,
-            )
-        )
-
-
-async def _give_back(backend: Backend, grant: Grant) -> None:
-    try:
-        step("lockd.before-backend-release")
-        await backend.release(grant)
-        step("lockd.after-backend-release")
-    except LockfsError as error:
-        # The descriptors of the lock are closed next, which ends what the storage still has of it.
-        log.warning("could not give back the lock on inode %d: %s", grant.image.ino, error)
-
-
-async def _tell_fenced(backend: Backend, grant: Grant) -> None:
-    """All have closed an image whose lock the backend could not take up: so nobody can write to it any more."""
-    try:
-        await backend.fenced(grant)
-    except LockfsError as error:
-        log.info("%s", error.message)
-
-
 def _key(share: Share, dev: int, ino: int) -> Key:
     return (0 if share.backend.excludes else share.number, dev, ino)
-
-
-def _path(lock: Lock) -> str:
-    return text.from_bytes(lock.grant.image.path) if lock.grant else "?"
 
 
 def _storage_path(lock: Lock) -> str:
@@ -446,3 +331,6 @@ def _storage_path(lock: Lock) -> str:
 
 def _people(holders: Iterable[Holder]) -> str:
     return "; ".join(str(each) for each in holders) or "nobody"
+
+
+__all__ = ["LOCAL_GRACE", "Ask", "Table"]

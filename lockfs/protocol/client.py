@@ -16,8 +16,8 @@ from typing import TypeVar
 import msgspec
 import trio
 
-from lockfs.errors import LockfsError, LockUnavailable
-from lockfs.protocol import messages, varlink
+from lockfs.errors import LockfsError, LockUnavailable, SystemError_
+from lockfs.protocol import hung, messages, varlink
 from lockfs.protocol.errors import HeldError, InvalidCall, LockdGone, NotHeld, UnknownMount, from_wire
 from lockfs.protocol.start import SOCKET, ensure_lockd, short_path
 from lockfs.protocol.wire import Wire, close_all
@@ -36,6 +36,17 @@ T = TypeVar("T", bound=msgspec.Struct)
 log = logging.getLogger(__name__)
 
 
+async def end_hung(run_dir: str) -> None:
+    """Kill a lockd that does not answer."""
+    try:
+        pid = await trio.to_thread.run_sync(hung.end, run_dir)
+    except OSError as error:
+        log.error("lockd does not answer, and cannot be killed: %s", error.strerror)
+        return
+    if pid:
+        log.error("lockd (process %d) has not answered for %g s: it is killed, and another one started", pid, hung.HANG)
+
+
 class LockdClient:
     """A client of the lockd of one run directory.  Make one with `connect`, end it with `aclose`."""
 
@@ -49,17 +60,25 @@ class LockdClient:
 
     @classmethod
     async def connect(cls, run_dir: str, *, start: bool = False) -> LockdClient:
-        """Connect to lockd and make sure that it answers; with *start*, start it if it does not run.
+        """Connect to lockd and make sure that it answers; with *start*, start one if none runs, or it does not.
 
         Raises `LockUnavailable` if there is none, or if it was just leaving.
         """
         client = cls(run_dir)
         for _ in range(2 if start else 0):
-            await trio.to_thread.run_sync(ensure_lockd, run_dir)
             try:
-                return await client._say_hello()
-            except LockUnavailable:
-                continue
+                await trio.to_thread.run_sync(ensure_lockd, run_dir)
+            except SystemError_:
+                # One that was stopped while it started keeps its seat.
+                await end_hung(run_dir)
+                raise
+            with trio.move_on_after(hung.HANG) as scope:
+                try:
+                    return await client._say_hello()
+                except LockUnavailable:
+                    continue
+            if scope.cancelled_caught:
+                await end_hung(run_dir)
         return await client._say_hello()
 
     async def _say_hello(self) -> LockdClient:

@@ -20,7 +20,7 @@ from harness import processes
 from t4_lockd.clients import bare
 
 from lockfs.errors import LockfsError
-from lockfs.fs.session import Held, _parts
+from lockfs.fs.handover import Held, in_messages
 from lockfs.lockd.daemon import raise_descriptor_limit
 from lockfs.protocol import messages as m
 from lockfs.protocol.client import LockdClient
@@ -127,7 +127,7 @@ class Bench:
         await client.aclose()
         client = await self.come_back()
         started = time.perf_counter()
-        parts = _parts(self.held)
+        parts = in_messages(self.held)
         for number, (images, fds) in enumerate(parts, 1):
             await client.call(m.HandOver(self.mount_id, images, number == len(parts)), m.HandedOver, fds)
         took = time.perf_counter() - started

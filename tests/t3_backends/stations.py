@@ -10,7 +10,7 @@ from pathlib import Path
 import trio
 
 from lockfs.backend import Backend, Context, Grant, Holder, Image, Mode, find
-from lockfs.lockd.shares import parse_options
+from lockfs.lockd.sources import parse_options
 
 MOUNTPOINT = "/mnt/images"
 

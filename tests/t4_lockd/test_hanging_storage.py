@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,9 +14,19 @@ from harness.host import Host
 from harness.lockless import Lockless
 from harness.logs import Expected
 from t4_lockd.clients import FakeMount, mounted
+from t4_lockd.fakes import Lab
+from trio.testing import MockClock
 
-from lockfs.errors import LockUnavailable
+from lockfs.errors import LockUnavailable, MountError
+from lockfs.lockd.adoption import Adoption
+from lockfs.lockd.claims import Claims
+from lockfs.lockd.fence import Fencer
+from lockfs.lockd.recorder import Recorder
+from lockfs.lockd.sources import Sources
+from lockfs.lockd.state import State
 from lockfs.lockd.storage import STORAGE_TIMEOUT
+from lockfs.lockd.succession import Succession
+from lockfs.protocol.messages import Mount
 
 
 @pytest.fixture
@@ -55,3 +67,36 @@ async def test_locks_that_hang(lockd: Host, hanging: Lockless, storage: Path, ex
         await sick.acquire("y")
         await sick.release("y")
         assert await sick.client.locks() == []
+
+
+async def test_a_source_that_hangs(lab: Lab, nursery: trio.Nursery, tmp_path: Path, autojump_clock: MockClock) -> None:
+    """A mount of it is refused in time, costs one thread however often it is tried, and holds up no other."""
+    autojump_clock.autojump_threshold = 1.0  # what is done in threads takes real time
+    claims = Claims(State(), "this-host")
+    fencer, recorder = Fencer(nursery, lab.table, lab.events), Recorder()
+    succession = Succession(lab.table, claims, Adoption(lab.table, claims, fencer, recorder, "this-host"), recorder)
+    sources = Sources(nursery, lab.table, fencer, succession, "this-host", str(tmp_path))
+    share = Lockless(tmp_path / "sick", 0, "img")
+    sick, well = (os.open(path, os.O_RDONLY | os.O_DIRECTORY) for path in (share.path, tmp_path))
+    try:
+        share.server.send_signal(signal.SIGSTOP)
+        for _ in range(3):
+            begin = trio.current_time()
+            with pytest.raises(MountError, match="sick does not answer"):
+                async with sources.shared(Mount(str(share.path), "/mnt", "fuse", {}, "nop"), sick):
+                    pass
+            assert trio.current_time() - begin == pytest.approx(STORAGE_TIMEOUT, abs=0.1)
+            async with sources.shared(Mount(str(tmp_path), "/mnt", "ext4", {}, "nop"), well) as healthy:
+                assert sources.all() == [healthy]
+        assert trio.to_thread.current_default_thread_limiter().borrowed_tokens == 0
+        share.server.send_signal(signal.SIGCONT)
+        async with sources.shared(Mount(str(share.path), "/mnt", "fuse", {}, "nop"), sick) as recovered:
+            assert recovered.source == str(share.path)
+        for each in sources.all():
+            await sources.close_if_unused(each)
+    finally:
+        share.server.send_signal(signal.SIGCONT)
+        os.close(sick)
+        os.close(well)
+        share.close()
+    nursery.cancel_scope.cancel()

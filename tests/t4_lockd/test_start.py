@@ -20,8 +20,8 @@ from t4_lockd.clients import bare, client, mounted
 
 from lockfs.errors import LockUnavailable, SystemError_, UsageError
 from lockfs.linux import ofd
+from lockfs.protocol import hung, start
 from lockfs.protocol import messages as m
-from lockfs.protocol import start
 from lockfs.protocol.client import LockdClient
 
 ENSURE = "from lockfs.protocol.start import *; ensure_lockd(run_dir())"
@@ -214,3 +214,18 @@ def test_a_wrong_time_is_not_taken(environment: Host, monkeypatch: pytest.Monkey
     monkeypatch.setenv("LOCKFS_IDLE_EXIT", "soon")
     with pytest.raises(UsageError, match="LOCKFS_IDLE_EXIT=soon: must be a number of seconds"):
         start.ensure_lockd(str(environment.run_dir))
+
+
+def test_one_that_is_stopped_is_found_by_its_lock(lockd: Host) -> None:
+    pid = lockd.lockd()
+    os.kill(pid, signal.SIGSTOP)
+    assert hung.end(str(lockd.run_dir)) == pid
+    assert not processes.wait_until_gone([pid], 10)
+    assert hung.end(str(lockd.run_dir)) == 0
+
+
+def test_who_only_looks_at_the_lock_is_no_lockd(host: Host) -> None:
+    host.run_dir.joinpath(start.LOCKD_LOCK).touch()
+    with host.run_dir.joinpath(start.LOCKD_LOCK).open(), host.run_dir.joinpath("start.lock").open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert hung.end(str(host.run_dir)) == 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,7 +18,10 @@ from harness.waiting import wait_until
 from t2_linux.puppet import Puppet
 from t6_guard.ways import HELPERS
 
+from lockfs.lockd.orphans import FIRST_PAUSE
+
 SOON = 10.0
+IDLE_EXIT = 0.3
 
 
 def kill_everything(mount: Mount) -> None:
@@ -85,7 +88,7 @@ def test_who_writes_on_keeps_the_image(
         wait_until(lambda: "is locked again" in host.log(), SOON, "the lock")
         assert result(other / "image") == "EBUSY"
         assert [owner["pid"] for each in host.locks() for owner in each["owners"]] == [orphan.pid]
-        time.sleep(2)
+        time.sleep(7 * FIRST_PAUSE)  # at least two more looks at all processes
         assert result(again / "image") == "EBUSY"
     wait_until(lambda: result(again / "image") == "ok", SOON, "the image to be free")
     wait_until(lambda: result(other / "image") == "ok", SOON, "it to be free for the other host")
@@ -142,12 +145,13 @@ def test_data_through_the_daemon_ends_with_it(host: Host, storage: Path, tmp_pat
 
 
 def test_lockd_stays_for_them_and_ends_them_when_it_is_told_to_stop(
-    host: Host, host_b: Host, storage: Path, tmp_path: Path, image: Path, expect_log: Expected
+    make_host: Callable[..., Host], host_b: Host, storage: Path, tmp_path: Path, image: Path, expect_log: Expected
 ) -> None:
     expect_log("can be written to without a lock")
     expect_log("is locked again")
     expect_log("killed process .* lockd stops, and nobody else keeps its lock")
     expect_log("lockd stops while", optional=True)
+    host = make_host("host-c", LOCKFS_IDLE_EXIT=str(IDLE_EXIT))
     mount = mounted(host, storage, tmp_path)
     other = host_b.mount(storage, tmp_path / "b", "wait=0.3")
     with writer(mount) as orphan:
@@ -155,7 +159,7 @@ def test_lockd_stays_for_them_and_ends_them_when_it_is_told_to_stop(
         again = mounted(host, storage, tmp_path)
         wait_until(lambda: "is locked again" in host.log(), SOON, "the lock")
         again.umount()
-        time.sleep(2.5)  # LOCKFS_IDLE_EXIT is 1
+        time.sleep(3 * IDLE_EXIT)  # it would have left by now
         assert result(other / "image") == "EBUSY"
         lockd = host.lockd()
         os.kill(lockd, signal.SIGTERM)

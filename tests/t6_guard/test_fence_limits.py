@@ -265,6 +265,28 @@ def test_a_storage_that_hangs_holds_up_no_fence(
     assert not mounts.umount(mount.path)
 
 
+def test_a_write_that_hangs_holds_up_nobody_else(disk: Disk, host: Host, storage: Path, tmp_path: Path) -> None:
+    """Requests that come one by one have one thread; another has to step in when that is stuck."""
+    (storage / "image").write_bytes(bytes(SIZE))
+    mount = host.mount(storage, tmp_path / "mnt", "data=gated")
+    with puppet(mount / "image") as writer, puppet(mount / "image") as reader:
+        writer.tell("fd = os.open(path, os.O_RDWR); [os.pwrite(fd, b'1', 0) for _ in range(100)]")
+        reader.tell("fd = os.open(path, os.O_RDONLY)")
+        disk.freeze()
+        try:
+            for _ in range(3):
+                writer.tell("stuck = threading.Thread(target=lambda: outcome(os.pwrite, fd, b'2', 0)); stuck.start()")
+                writer.tell("time.sleep(0.1)")
+                assert reader.tell("[os.stat(path).st_size, os.fstat(fd).st_size]") == [SIZE, SIZE]
+                assert reader.tell("len(os.pread(fd, 4096, 8192))") == 4096
+            assert reader.tell("outcome(os.open, path, os.O_WRONLY)") == "EBUSY"
+        finally:
+            disk.thaw()
+        writer.tell("stuck.join()")
+    wait_until(lambda: not host.locks(), 10, "the lock to be released")
+    assert not mounts.umount(mount.path)
+
+
 # Many, and again and again -------------------------------------------------------------------------
 
 

@@ -219,6 +219,33 @@ def test_a_mount_that_ends_while_there_is_none_leaves_nothing(
     unmount_dead(first)
 
 
+def test_one_that_is_stopped_is_replaced(
+    make_host: Callable[..., Host], other: Mount, storage: Path, tmp_path: Path, expect_log: Expected
+) -> None:
+    """By a mount that waits for it, and by one that comes."""
+    expect_log(r"lockd \(process \d+\) has not answered for 1 s: it is killed")
+    expect_log("the daemon of .* has not answered", optional=True)
+    host = make_host("host-c", LOCKFS_HANG="1")
+    mount = host.mount(storage, tmp_path / "mnt", "wait=0.3")
+    with Actor() as holder, Actor() as asker:
+        fd = holder.call("open", mount / "image", os.O_RDWR | os.O_CREAT)
+        pid = host.lockd()
+        os.kill(pid, signal.SIGSTOP)
+        assert asker.result("open", mount / "free", os.O_RDWR | os.O_CREAT) == "ok"
+        assert not processes.running(pid)
+        second = host.lockd()
+        os.kill(second, signal.SIGSTOP)
+        os.kill(mount.daemon(), signal.SIGSTOP)
+        try:
+            again = host.mount(storage, tmp_path / "again", "wait=0.3")
+            assert not processes.running(second)
+        finally:
+            os.kill(mount.daemon(), signal.SIGCONT)
+        for each in (mount, again, other):
+            assert asker.result("open", each / "image", os.O_RDWR) == "EBUSY"
+        holder.call("close", fd)
+
+
 # Told to stop ------------------------------------------------------------------------------------
 
 

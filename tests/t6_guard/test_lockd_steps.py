@@ -65,6 +65,10 @@ class Scene:
         assert self.holder.result("write", fd, "x", 0) == "EIO"
         self.holder.result("close", fd)
 
+    def idle(self) -> None:
+        """lockd asks the mount daemon whether it lives, and dies before it hears that it does."""
+        wait_until(lambda: not list(self.steps.iterdir()), SOON, "a sign of life")
+
     def outside(self, name: str) -> str:
         """Say how an open by the other host ends; one that is granted is closed at once."""
         try:
@@ -99,6 +103,7 @@ ACTS: dict[str, Callable[[Scene], None]] = {
     **dict.fromkeys([each for each in LOCKD if "adopt" in each or "replacement" in each], Scene.restart),
     **dict.fromkeys([each for each in LOCKD if "mount" in each or "attached" in each or "left" in each], Scene.mount_another),
     **dict.fromkeys([each for each in LOCKD if "lost" in each], Scene.fence),
+    "lockd.before-obeyed": Scene.idle,
 }
 
 
@@ -128,7 +133,7 @@ def scene(make_host: Callable[..., Host], storage: Path, tmp_path: Path, expect_
         assert not (host.run_dir / "lockd.state").exists()
 
 
-@pytest.mark.parametrize("act", [Scene.open_and_close, Scene.restart, Scene.mount_another, Scene.fence])
+@pytest.mark.parametrize("act", [Scene.open_and_close, Scene.restart, Scene.mount_another, Scene.fence, Scene.idle])
 def test_death_at_each_step(scene: Scene, act: Callable[[Scene], None]) -> None:
     for step, at in ACTS.items():
         if at is act:

@@ -11,6 +11,7 @@ import signal
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -75,14 +76,19 @@ class Hammer:
             each.join()
 
 
-def kill(pid: int) -> None:
+def kill(pid: int, how: signal.Signals = signal.SIGKILL) -> None:
     try:
-        os.kill(pid, signal.SIGKILL)
+        os.kill(pid, how)
     except ProcessLookupError:
         pass
 
 
-def test_killed_at_random_moments(host: Host, host_b: Host, storage: Path, tmp_path: Path) -> None:
+def test_killed_at_random_moments(
+    make_host: Callable[..., Host], host_b: Host, storage: Path, tmp_path: Path, expect_log: Expected
+) -> None:
+    """Or stopped, now and then: the mounts then kill it."""
+    expect_log("has not answered for 2 s: it is killed", optional=True)
+    host = make_host("host-a", LOCKFS_HANG="2")
     rng = random.Random(SEED)
     print(f"\nLOCKFS_SEED={SEED} LOCKFS_ROUNDS={ROUNDS}")
     (storage / "wanted").touch()
@@ -98,8 +104,10 @@ def test_killed_at_random_moments(host: Host, host_b: Host, storage: Path, tmp_p
             if turn % 4:  # every fourth one is killed while it starts
                 wait_until(lambda: is_running(str(host.run_dir)), SOON, "a lockd to serve")
             time.sleep(rng.choice((0.0, rng.random() * 0.3, rng.random() * 1.5)))
+            # One that is stopped while it starts costs longer than programs are made to wait.
+            how = signal.SIGSTOP if turn % 4 and rng.random() < 0.1 else signal.SIGKILL
             for pid in host.processes("lockfs.lockd"):
-                kill(pid)
+                kill(pid, how)
             for load in loads:
                 load.check()
             assert hammer.wrong == []

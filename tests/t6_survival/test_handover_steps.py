@@ -22,7 +22,7 @@ from t2_linux.puppet import Puppet
 from t6_guard.ways import HELPERS
 from t6_survival.successors import PATIENCE, wait_for_restart
 
-from lockfs.fs.session import AT_ONCE
+from lockfs.fs.handover import AT_ONCE
 
 BEFORE_CONNECTION = ("handover.before-attach",)
 BEFORE_HOLDS = ("handover.after-attach", "handover.before-holds")

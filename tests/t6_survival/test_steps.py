@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +37,7 @@ MOST = 12
 AROUND_RECORDS = ("journal.before-write", "journal.after-write")
 IN_MOUNT = ("mount.before-attachment", "mount.after-attachment")
 IN_EFFECTS = ("effect.before", "effect.after")
+IN_NAMELESS = ("nameless.before", "nameless.after")
 IN_OPEN = ("open.before-journal", "open.after-journal")
 IN_CLOSE = ("close.before-journal", "close.after-journal")
 IN_RESUME = (
@@ -79,6 +81,11 @@ OPERATIONS = [
     Operation("rename over", "make(p); make(p + '2'); ino = os.stat(p).st_ino", "os.rename(p, p + '2')", "not os.path.exists(p) and os.stat(p + '2').st_ino == ino"),
     Operation("exchange", "make(p); make(p + '2'); inos = os.stat(p).st_ino, os.stat(p + '2').st_ino",
               "checked(libc.renameat2(-100, p.encode(), -100, (p + '2').encode(), 2))", "(os.stat(p + '2').st_ino, os.stat(p).st_ino) == inos"),
+    Operation("unlink of what is read", "make(p); fd = os.open(p, os.O_RDONLY)", "os.unlink(p)", "is_nameless(fd)", (*IN_EFFECTS, *IN_NAMELESS), ("gated",)),
+    Operation("rename over what is read", "make(p); make(p + '2'); fd = os.open(p + '2', os.O_RDONLY)", "os.rename(p, p + '2')", "is_nameless(fd)",
+              (*IN_EFFECTS, *IN_NAMELESS), ("gated",)),
+    Operation("rmdir of an open one", "os.mkdir(p); fd = os.open(p, os.O_RDONLY)", "os.rmdir(p)",
+              "os.listdir(fd) == [] and stat.S_ISDIR(os.fstat(fd).st_mode) and os.close(fd) is None", (*IN_EFFECTS, *IN_NAMELESS)),
     Operation("setxattr", "make(p)", "os.setxattr(p, 'user.x', b'1', os.XATTR_CREATE)", "os.getxattr(p, 'user.x') == b'1'"),
     Operation("removexattr", "make(p); os.setxattr(p, 'user.x', b'1')", "os.removexattr(p, 'user.x')", "os.listxattr(p) == []"),
     Operation("list", "os.mkdir(p); [make(f'{p}/{n:04}') for n in range(100)]", "found = os.listdir(p)", "sorted(found) == [f'{n:04}' for n in range(100)]", ()),
@@ -90,6 +97,10 @@ HELPERS = r"""
 import stat, subprocess
 def make(path):
     fd = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600); os.write(fd, b"content"); os.close(fd)
+def is_nameless(fd):
+    there = os.pread(fd, 9, 0) == b"content" and os.fstat(fd).st_nlink == 0
+    os.close(fd)
+    return there
 def done(code):
     exec(code, globals())
 """
@@ -132,21 +143,33 @@ class Scene:
         return died
 
 
-@pytest.fixture(scope="module")
-def scene(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
+@contextmanager
+def staged(data: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
     base = tmp_path_factory.mktemp("steps")
     for name in ("storage", "steps"):
         (base / name).mkdir()
     variables = {"LOCKFS_STEPS": str(base / "steps"), "LOCKFS_RESTARTS": "1000000"}
     host = Host("host-a", tmp_path_factory.mktemp("h"), variables=variables)
-    mount = host.mount(base / "storage", base / "mnt", f"data={request.param}")
+    mount = host.mount(base / "storage", base / "mnt", f"data={data}")
     with Puppet() as puppet:
         puppet.tell(HELPERS)
-        yield Scene(mount, request.param, puppet, base / "steps")
+        yield Scene(mount, data, puppet, base / "steps")
     wait_until(lambda: not host.locks(), PATIENCE, "all images to be free")
     complaints = host.close()
     assert not complaints
     assert not logs.Expected({"did not come up: status -9": False}).complaints(logs.alarms(host.log()))
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Scene]]:
+    """One for each way of data, for all tests: a fixture with parameters would be made anew for each of them."""
+    with ExitStack() as stack:
+        yield {data: stack.enter_context(staged(data, tmp_path_factory)) for data in DATA}
+
+
+@pytest.fixture
+def scene(request: pytest.FixtureRequest, scenes: dict[str, Scene]) -> Scene:
+    return scenes[request.param]
 
 
 @pytest.mark.timeout(300)

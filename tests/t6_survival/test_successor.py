@@ -21,7 +21,7 @@ from harness.waiting import wait_until
 from t2_linux.puppet import Puppet
 from t6_guard.fencing import fence
 from t6_guard.ways import HELPERS
-from t6_survival.successors import PATIENCE, kill, restarts, serving, told, wait_for_restart
+from t6_survival.successors import PATIENCE, kill, kill_lockd, restarts, serving, told, wait_for_restart
 
 from lockfs.fs.journal import records
 from lockfs.fs.journal.records import decode
@@ -97,6 +97,33 @@ def test_open_files_of_every_kind(mounted: Mount, program: Puppet, other: Mount)
         assert asker.result("open", other / "image", os.O_RDWR) == "EBUSY"
         program.tell("for fd in (rw, ro, ap, gone, d): os.close(fd)")
         wait_until(lambda: asker.result("open", other / "image", os.O_RDWR) == "ok", PATIENCE, "the image to be free")
+
+
+@both
+def test_what_has_no_name_any_more(mounted: Mount, program: Puppet) -> None:
+    """Nothing but a descriptor leads to it; it survives both daemons, one after the other, and is let go in the end."""
+    kept = "nameless-file|nameless-directory|d/below"
+
+    def kept_by_lockd() -> set[str]:
+        found = processes.descriptors(mounted.host.lockd()).values()
+        return {name for name in kept.split("|") for each in found if name in each}
+
+    program.tell("os.mkdir(top + '/d'); os.mkdir(top + '/nameless-directory'); d = os.open(top + '/nameless-directory', os.O_RDONLY)")
+    program.tell("for each in ('nameless-file', 'd/below', 'other'): open(f'{top}/{each}', 'w').write(each)")
+    program.tell("one = os.open(top + '/nameless-file', os.O_RDONLY); two = os.open(top + '/d/below', os.O_RDONLY)")
+    program.tell("os.rename(top + '/other', top + '/nameless-file')")  # replaces it
+    program.tell("os.unlink(top + '/d/below'); os.rmdir(top + '/d'); os.rmdir(top + '/nameless-directory')")
+    files = {"nameless-file", "d/below"} if told(mounted)["data"] == "gated" else set()
+    for end in (kill, kill_lockd, kill, kill):
+        end(mounted)
+        assert kept_by_lockd() == {*files, "nameless-directory"}, end
+        assert program.tell("os.pread(one, 99, 0) == b'nameless-file' and os.pread(two, 99, 0) == b'd/below'"), end
+        assert program.tell("os.fstat(one).st_nlink, os.fstat(two).st_nlink, os.listdir(d)") == [0, 0, []]
+    program.tell("again = os.open(f'/proc/self/fd/{two}', os.O_RDONLY); os.close(two); os.close(one)")
+    kill(mounted)
+    assert program.tell("os.pread(again, 99, 0) == b'd/below' and open(top + '/nameless-file').read() == 'other'")
+    program.tell("os.close(again); os.close(d)")
+    wait_until(lambda: kept_by_lockd() == set(), PATIENCE, "lockd to let go")
 
 
 def test_a_listing_goes_on_where_it_was(mounted: Mount, program: Puppet) -> None:

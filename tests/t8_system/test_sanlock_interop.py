@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +16,7 @@ from t3_backends.lease_process import LeaseHost
 from t3_backends.sanlock_daemon import Daemon, direct
 from t8_system.cluster import DEAD, OPTIONS, Cluster, got, until
 
-LONG = pytest.mark.skipif(not os.environ.get("LOCKFS_LONG"), reason="takes a minute and a half: LOCKFS_LONG=1")
+LONG = pytest.mark.long
 
 
 @pytest.fixture

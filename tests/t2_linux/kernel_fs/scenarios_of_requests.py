@@ -32,6 +32,7 @@ from fake_kernel import (
     SETATTR,
     WRITE,
     Kernel,
+    Operations,
     Reply,
     before_session,
     fallocate_body,
@@ -42,6 +43,10 @@ from fake_kernel import (
 
 from lockfs.errors import LockfsError
 from lockfs.kernel import _shim, session
+from lockfs.kernel.extra import Requests
+from lockfs.kernel.wire import Attributes
+
+GETATTR = 3
 
 
 async def forever(*_args: object) -> None:
@@ -221,6 +226,50 @@ async def missing_handlers(k: Kernel) -> None:
 async def all_unknown(k: Kernel) -> None:
     for opcode in (FALLOCATE, LSEEK, COPY, COPY_64, 52, 63, 64, 99, 107, 0xFFFFFFFF):
         assert (await k.ask(opcode, bytes(64))).error == errno.ENOSYS
+
+
+@before_session
+async def handlers_that_answer_at_once(k: Kernel) -> None:
+    """They are called with the request, before pyfuse3 gets any that came later, and take no task."""
+    a_time = 1_700_000_000_123_456_789
+    found = Attributes(7, 3, 1.5, 2, 99, 8, a_time, -1, 0, 0o100644, 2, 12, 34, 56, 4096)
+
+    class AtOnce(Operations):
+        answers_at_once = True
+
+        def lookup_at_once(self, parent: int, name: bytes) -> Attributes:
+            assert (parent, name) == (5, b"a name")
+            return found
+
+        def getattr_at_once(self, node: int) -> Attributes:
+            if node == 6:
+                raise pyfuse3.FUSEError(errno.ESTALE)
+            if node == 7:
+                raise ValueError("seven")
+            return found
+
+    k.operations = AtOnce()
+    k.post_init()
+    k.begin()
+    await k.read()
+    await serve_while(k, ask_at_once)
+    for answers in (False, True):
+        AtOnce.answers_at_once = answers
+        opcodes = Requests(k.operations, k.nursery).opcodes
+        assert bool(opcodes >> LOOKUP & 1) == bool(opcodes >> GETATTR & 1) == answers
+
+
+async def ask_at_once(k: Kernel) -> None:
+    second, nanosecond = 1_700_000_000, 123_456_789
+    attr = [7, 99, 8, second, (1 << 64) - 1, 0, nanosecond, 999_999_999, 0, 0o100644, 2, 12, 34, 56, 4096, 0]
+    tasks = len(k.nursery.child_tasks)
+    entry = (await k.ask(LOOKUP, b"a name\0")).body
+    assert [*struct.unpack("=QQQQII6Q10I", entry)] == [7, 3, 1, 2, 500_000_000, 0, *attr]
+    assert [*struct.unpack("=QII6Q10I", (await k.ask(GETATTR, bytes(16))).body)] == [2, 0, 0, *attr]
+    assert (await k.ask(GETATTR, bytes(16), node=6)).error == errno.ESTALE
+    assert (await k.ask(GETATTR, bytes(16), node=7)).error == errno.EIO
+    assert len(k.nursery.child_tasks) == tasks
+    assert "seven" in [str(each.exc_info[1]) for each in LOG.records if each.exc_info]
 
 
 @scenario
