@@ -37,8 +37,16 @@ def write_back(fd: int) -> None:
 
 
 def wait_for_write_back(fd: int, what: str, written: Callable[[], None]) -> None:
-    """Wait in the background, however long it takes; then call *written*.  The descriptor may be closed meanwhile."""
-    trio.lowlevel.spawn_system_task(_wait, os.dup(fd), what, written, name=f"write-back of {what}")
+    """Wait in the background, however long it takes; then call *written*.  The descriptor may be closed meanwhile.
+
+    Where it cannot be waited for *written* is never called: nobody knows then.
+    """
+    try:
+        copy = os.dup(fd)
+    except OSError as error:
+        log.error("%s: nobody can tell whether it is all written: %s", what, error.strerror)
+        return
+    trio.lowlevel.spawn_system_task(_wait, copy, what, written, name=f"write-back of {what}")
 
 
 async def _wait(fd: int, what: str, written: Callable[[], None]) -> None:
