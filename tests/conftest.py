@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from harness import logs, mounts
-from harness.host import Host, Mount, close_all
+from harness.host import Host, Mount, close_all, without_kernel_module
 from harness.leaks import Watch
 
 HOSTS = pytest.StashKey[list[Host]]()
@@ -22,6 +22,15 @@ def pytest_configure() -> None:
     """Let programs under test be interrupted, also where a shell started the tests in the background without job control."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what takes minutes, unless LOCKFS_LONG is set: shorter forms of the same run always."""
+    if os.environ.get("LOCKFS_LONG"):
+        return
+    left_out = [each for each in items if each.get_closest_marker("long")]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [each for each in items if each not in left_out]
 
 
 @pytest.fixture(autouse=True)
@@ -73,6 +82,13 @@ def host(make_host: Callable[..., Host]) -> Host:
 def host_b(make_host: Callable[..., Host]) -> Host:
     """Another host."""
     return make_host("host-b")
+
+
+@pytest.fixture(scope="session")
+def succession() -> None:
+    """For tests of what becomes of a mount daemon that dies: another one needs the kernel module."""
+    if without_kernel_module():
+        pytest.skip("without the kernel module a mount daemon has no successor")
 
 
 @pytest.fixture

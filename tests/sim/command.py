@@ -35,12 +35,14 @@ def main() -> int:
             for result in pool.imap_unordered(story, seeds, chunksize=20):
                 done += 1
                 failures += _report(result, total, args)
+                _tell(done, failures, began)
                 if failures and args.stop:
                     break
     else:
         for seed in seeds:
             done += 1
             failures += _report(story(seed, trace=args.trace), total, args)
+            _tell(done, failures, began)
             if failures and args.stop:
                 break
     took = time.perf_counter() - began
@@ -52,6 +54,12 @@ def main() -> int:
         f"({total.late} late), {total.probes} probes, {total.steps} steps"
     )
     return 1 if failures else 0
+
+
+def _tell(done: int, failures: int, began: float) -> None:
+    """Say now and then how far it is: a long run may be cut short."""
+    if done % 1000 == 0:
+        print(f"{done} seeds, {failures} failed, {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
 
 
 def _report(result: Result, total: Result, args: argparse.Namespace) -> int:

@@ -139,7 +139,7 @@ async def whoever_keeps_the_connection_keeps_the_lock(a: Station, b: Station) ->
     await b.release(await b.acquire())
 
 
-@pytest.mark.skipif(not os.environ.get("LOCKFS_LONG"), reason="takes long: LOCKFS_LONG=1 has it run")
+@pytest.mark.long
 async def test_lockfs_and_sanlock_exclude_each_other(
     daemons: dict[str, SanlockDaemon], storage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -137,7 +137,7 @@ async def test_a_lockspace_that_is_made_can_be_read_and_joined(alpha: Daemon, sh
     assert caught.value.code == -17
 
 
-@pytest.mark.skipif(not os.environ.get("LOCKFS_LONG"), reason="takes long: LOCKFS_LONG=1 has it run")
+@pytest.mark.long
 async def test_a_host_joins_and_leaves(alpha: Daemon, tmp_path: Path) -> None:
     (tmp_path / "other").write_bytes(bytes(MIB))
     other = Lockspace(b"OTHER", 7, Disk(os.fsencode(tmp_path / "other")))

@@ -16,7 +16,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from harness import mounts, processes
+from harness import lockd, mounts, processes
 from harness.actor import Actor, Refused
 from harness.host import Host, Mount
 from harness.load import Load
@@ -83,11 +83,19 @@ def kill(pid: int, how: signal.Signals = signal.SIGKILL) -> None:
         pass
 
 
+def knows_both(host: Host) -> bool:
+    try:
+        return len(lockd.status(host.run_dir)["mounts"]) == 2
+    except OSError:
+        return False
+
+
 def test_killed_at_random_moments(
     make_host: Callable[..., Host], host_b: Host, storage: Path, tmp_path: Path, expect_log: Expected
 ) -> None:
     """Or stopped, now and then: the mounts then kill it."""
-    expect_log("has not answered for 2 s: it is killed", optional=True)
+    for each in ("has not answered for 2 s: it is killed", "cannot have lockd back"):
+        expect_log(each, optional=True)
     host = make_host("host-a", LOCKFS_HANG="2")
     rng = random.Random(SEED)
     print(f"\nLOCKFS_SEED={SEED} LOCKFS_ROUNDS={ROUNDS}")
@@ -101,7 +109,9 @@ def test_killed_at_random_moments(
         hammer = Hammer("wanted", [one, two, other, other], tmp_path / "inside")
         stack.callback(hammer.stop)
         for turn in range(ROUNDS):
-            if turn % 4:  # every fourth one is killed while it starts
+            if turn % 4 == 1:  # programs wait for `session.PATIENCE`, so not all may be killed before the mounts are back
+                wait_until(lambda: knows_both(host), SOON, "the mounts to come back")
+            elif turn % 4:  # every fourth one is killed while it starts
                 wait_until(lambda: is_running(str(host.run_dir)), SOON, "a lockd to serve")
             time.sleep(rng.choice((0.0, rng.random() * 0.3, rng.random() * 1.5)))
             # One that is stopped while it starts costs longer than programs are made to wait.

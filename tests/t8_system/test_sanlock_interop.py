@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +16,7 @@ from t3_backends.lease_process import LeaseHost
 from t3_backends.sanlock_daemon import Daemon, direct
 from t8_system.cluster import DEAD, OPTIONS, Cluster, got, until
 
-LONG = pytest.mark.skipif(not os.environ.get("LOCKFS_LONG"), reason="takes a minute and a half: LOCKFS_LONG=1")
+LONG = pytest.mark.long
 
 
 @pytest.fixture
@@ -131,5 +130,7 @@ def test_leases_are_those_of_libvirts_sanlock_driver(storage: Path, tmp_path: Pa
 
 
 def test_libvirts_names_need_libvirts_timing_and_directory(storage: Path, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="needs leases="):
+        LeaseHost("ours", storage, tmp_path / "run", names="libvirt", takeover="sanlock")
     with pytest.raises(RuntimeError, match="needs takeover=sanlock"):
-        LeaseHost("ours", storage, tmp_path / "run", names="libvirt")
+        LeaseHost("ours", storage, tmp_path / "run", names="libvirt", leases=str(tmp_path))
