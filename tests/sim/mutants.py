@@ -58,7 +58,7 @@ class Mutant:
 
 MUTANTS = {
     "skip-reread": Mutant(
-        owner.await_end, "(record.timestamp != stamp or fresh)", "fresh", 91,
+        owner.await_end, "(record.timestamp != stamp or fresh)", "fresh", 92,
         "who waits for the death of an owner does not look whether its record changes again",
     ),
     "forget-generation": Mutant(
@@ -78,7 +78,7 @@ MUTANTS = {
         "who gives a lease back zeroes its ballot block",
     ),
     "ignore-released": Mutant(
-        owner._gave_back, "block.is_released and", "False and", 0,
+        owner._gave_back, "block.is_released and", "False and", 8,
         "a lease that its owner has given back in its own block only stays taken",
     ),
     "early-takeover": Mutant(
@@ -87,7 +87,7 @@ MUTANTS = {
     ),
     "skip-phase-2-read": Mutant(
         lease.Lease._run, "return ballot.settled((yield from self.area.read_ballot(ballot.num_hosts)))",
-        "return Value.of(ballot.block)", 2,
+        "return Value.of(ballot.block)", 7,
         "a ballot is settled without a look at the others after phase 2",
     ),
     "no-deadline": Mutant(
@@ -99,27 +99,27 @@ MUTANTS = {
         "an exclusive acquire does not care for who shares",
     ),
     "commit-stranger": Mutant(
-        lease.Lease._commit, "ours = value == attempt.wish", "ours = True", 0,
+        lease.Lease._commit, "ours = value == attempt.wish", "ours = True", 1,
         "a ballot that settles somebody else's value counts as won",
     ),
     "erase-proposal": Mutant(
-        ballot.Ballot.phase1, "if earlier.lver == self.lver and earlier.bal and earlier.inp:", "if False:", 557,
+        ballot.Ballot.phase1, "if earlier.lver == self.lver and earlier.bal and earlier.inp:", "if False:", 1062,
         "a ballot that is begun again erases what the host proposed before, as sanlock does",
     ),
     "choose-own-wish": Mutant(
-        ballot.Ballot.promised, "value = Value.of(best) if best.bal else self.wish", "value = self.wish", 0,
+        ballot.Ballot.promised, "value = Value.of(best) if best.bal else self.wish", "value = self.wish", 7,
         "a ballot proposes its own wish although somebody has proposed another one",
     ),
     "ignore-higher-ballots": Mutant(
-        ballot.Ballot._blocks, "if block.mbal > self.mbal:", "if False:", 1,
+        ballot.Ballot._blocks, "if block.mbal > self.mbal:", "if False:", 0,
         "a ballot goes on although somebody has begun a higher one",
     ),
     "no-settling": Mutant(
-        area.LeaseArea.quiet, "yield Settle(Area.LEASE, self.timing.io_timeout)", "yield from ()", 0,
+        area.LeaseArea.quiet, "yield Settle(Area.LEASE, self.timing.io_timeout)", "yield from ()", 19,
         "new writes are sent while an earlier one, given up, may still land",
     ),
     "trust-leader": Mutant(
-        lease.Lease._win, "behind = seen.version > cur.lver + 1", "behind, seen.version = False, cur.lver + 1", 81,
+        lease.Lease._win, "behind = seen.version > cur.lver + 1", "behind, seen.version = False, cur.lver + 1", 21,
         "a leader that a late write has set back is believed",
     ),
     "share-without-note": Mutant(
@@ -127,7 +127,7 @@ MUTANTS = {
         "a shared hold is not noted on the disk",
     ),
     "believe-own-name": Mutant(
-        membership.Membership.join, "self._is_ours(found, same_boot, noted)", "found.resource_name == self.name", 138,
+        membership.Membership.join, "self._is_ours(found, same_boot, noted)", "found.resource_name == self.name", 1641,
         "any record under our name counts as a predecessor's, a claim that came late as well", claims=True,
     ),
     "believe-noted-generation": Mutant(
