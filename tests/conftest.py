@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from harness import logs, mounts
-from harness.host import Host, Mount, close_all
+from harness.host import Host, Mount, close_all, without_kernel_module
 from harness.leaks import Watch
 
 HOSTS = pytest.StashKey[list[Host]]()
@@ -82,6 +82,13 @@ def host(make_host: Callable[..., Host]) -> Host:
 def host_b(make_host: Callable[..., Host]) -> Host:
     """Another host."""
     return make_host("host-b")
+
+
+@pytest.fixture(scope="session")
+def succession() -> None:
+    """For tests of what becomes of a mount daemon that dies: another one needs the kernel module."""
+    if without_kernel_module():
+        pytest.skip("without the kernel module a mount daemon has no successor")
 
 
 @pytest.fixture

@@ -139,9 +139,9 @@ class PaxosBackend:
 
     async def _acquire(self, image: Image, name: str, mode: Mode, holder: Holder) -> Grant:
         joined, membership = self._joined, self._joined.membership()
-        if name in joined.unfenced:
+        if name in joined.holdings.unfenced:
             raise LockUnavailable(f"the lease on {text.from_bytes(image.path)} was lost, and is still being fenced")
-        if name in joined.in_use:
+        if name in joined.holdings.in_use:
             # Not the same image, which lockd would know, but one that has the same name: on another filesystem below
             # the source, say, or because somebody has named both so.
             held = self._in_use.get(name)
@@ -152,7 +152,7 @@ class PaxosBackend:
             with explained(f"lock {text.from_bytes(image.path)}", held.area.where):
                 await joined.note(name, image)
                 token = await joined.run(held.lease.acquire(_MODES[mode]), held.area)
-            if not await self._place.is_current(name, held.area) or await self._naming.of(image) != name:
+            if not await self._place.is_current(name, held.area, lambda: self._naming.now(image) == name):
                 raise Moved
         except BaseException as error:
             await self._in_use.give_up(joined, held)
@@ -172,7 +172,7 @@ class PaxosBackend:
         long as it cannot be known the answer is awaited here, so that a loss is told when it happens, and not later.
         """
         joined, scope = self._joined, trio.CancelScope()
-        name = joined.name_noted(image) or await self._naming.of(image)
+        name = joined.holdings.name_noted(image) or await self._naming.of(image)
         self._adopting.add(scope)
         try:
             await joined.decided()
@@ -180,7 +180,7 @@ class PaxosBackend:
                 return await self._adopt(joined, name, image, mode, holder, token)
             raise GrantLost(f"the lease on {text.from_bytes(image.path)} has run out before it could be looked at")
         except GrantLost:
-            joined.unfenced.add(name)
+            joined.holdings.unfenced.add(name)
             self._unfenced[image.dev, image.ino] = name
             raise
         finally:
@@ -193,7 +193,7 @@ class PaxosBackend:
         if joined.broken:
             raise GrantLost(f"the lease on {path} has run out: the last lockd's lease was not taken up in time")
         membership = joined.membership()
-        if name in joined.in_use:
+        if name in joined.holdings.in_use:
             raise LockUnavailable(f"the lease on {path} is in use already")
         held = await self._in_use.begin(joined, name, membership, mode, self._in_use.find(name))
         try:
@@ -217,8 +217,8 @@ class PaxosBackend:
     async def inherit(self) -> None:
         """Give back what the last lockd had, and nobody has taken up."""
         joined = self._joined
-        self._inherited = joined.inherited = True
-        for name in sorted(joined.left - joined.in_use - joined.unfenced):
+        self._inherited = joined.holdings.inherited = True
+        for name in sorted(joined.holdings.left - joined.holdings.in_use - joined.holdings.unfenced):
             await self._in_use.give_back(joined, name)
 
     async def mend(self) -> None:
@@ -323,8 +323,8 @@ class PaxosBackend:
             self._in_use.stopped(joined, held)
         name = self._unfenced.pop((grant.image.dev, grant.image.ino), None)
         if name is not None:
-            joined.unfenced.discard(name)
-            if name in joined.left and name not in joined.in_use:
+            joined.holdings.unfenced.discard(name)
+            if name in joined.holdings.left and name not in joined.holdings.in_use:
                 await self._in_use.give_back(joined, name)
 
     # The lockspace's side --------------------------------------------------------------------

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from lockfs.errors import LockUnavailable
 from lockfs_paxos_lease.disk.area import AreaIO
 from lockfs_paxos_lease.disk.lane import Lane, Overdue
-from lockfs_paxos_lease.place import FILE_TIMEOUT, Place, Space
+from lockfs_paxos_lease.place import FILE_TIMEOUT, Place, Space, always
 
 
 async def is_directory(lane: Lane, path: str) -> bool:
@@ -56,9 +56,9 @@ class ChosenPlace:
         """Open the area of a lease, and make it if there is none.  The caller closes it."""
         return await self.below.find_or_create(name)
 
-    async def is_current(self, name: str, area: AreaIO) -> bool:
-        """Say whether an area that was opened is still that of the lease."""
-        return await self.below.is_current(name, area)
+    async def is_current(self, name: str, area: AreaIO, also: Callable[[], bool] = always) -> bool:
+        """Say whether an area that was opened is still that of the lease, and *also* is true."""
+        return await self.below.is_current(name, area, also)
 
     async def close(self) -> None:
         """Close what is open but for areas."""

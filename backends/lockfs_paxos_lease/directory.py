@@ -25,7 +25,7 @@ from lockfs_paxos_lease.engine.timing import Timing
 from lockfs_paxos_lease.format.fresh import fresh_lease, fresh_lockspace
 from lockfs_paxos_lease.format.size import MIB, Geometry
 from lockfs_paxos_lease.given_names import LIBVIRT_LOCKSPACE
-from lockfs_paxos_lease.place import FILE_TIMEOUT, LEASE_THREADS, LOCKSPACE_THREADS, Space, hosts_of
+from lockfs_paxos_lease.place import FILE_TIMEOUT, LEASE_THREADS, LOCKSPACE_THREADS, Space, always, hosts_of
 
 LOCKSPACE = "lockspace"
 SUFFIX = ".lease"
@@ -164,18 +164,20 @@ class LeaseDirectory:
         except OSError as error:
             raise LockUnavailable(f"cannot make the lease {self._file(name)}: {error.strerror}") from error
 
-    async def is_current(self, name: str, area: AreaIO) -> bool:
-        """Say whether an area that was opened is that of the file which has the lease's name now."""
+    async def is_current(self, name: str, area: AreaIO, also: Callable[[], bool] = always) -> bool:
+        """Say whether an area that was opened is that of the file that has the name now, and *also* is true."""
         file = name + self._suffix
+
+        def work() -> bool:
+            info = os.stat(file, dir_fd=self._fd, follow_symlinks=False)
+            return area.identity == (info.st_dev, info.st_ino) and also()
+
         try:
-            info = await self._call(
-                lambda: os.stat(file, dir_fd=self._fd, follow_symlinks=False), f"look at the lease {name}"
-            )
+            return await self._call(work, f"look at the lease {name}")
         except FileNotFoundError:
             return False
         except OSError as error:
             raise LockUnavailable(f"cannot look at the lease {self._file(name)}: {error.strerror}") from error
-        return area.identity == (info.st_dev, info.st_ino)
 
     async def remove(self, name: str, area: AreaIO, until: float) -> bool:
         """Remove the file of a lease that is marked as deleted, if it is still that of *area*; say whether it was.

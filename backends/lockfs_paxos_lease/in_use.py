@@ -2,8 +2,8 @@
 
 Invariants:
 * A lease serves one image of this host at a time, also where two images have the same name for it; so it is in use
-  (`Lockspace.in_use`, which all shares see) from before its area is opened until after it is closed.
-* What could not be given back on the disk stays known (`Lockspace.left`), and is tidied up later.
+  (`Holdings.in_use`, which all shares see) from before its area is opened until after it is closed.
+* What could not be given back on the disk stays known (`Holdings.left`), and is tidied up later.
 """
 
 from __future__ import annotations
@@ -85,11 +85,11 @@ class LeasesInUse:
         self, joined: Lockspace, name: str, membership: Membership, mode: Mode, opening: Awaitable[AreaIO]
     ) -> Held:
         """Begin to use a lease: nobody else on this host does from before its area is opened."""
-        joined.in_use.add(name)
+        joined.holdings.in_use.add(name)
         try:
             area = await opening
         except BaseException:
-            joined.in_use.discard(name)
+            joined.holdings.in_use.discard(name)
             raise
         self._by_name[name] = Held(name, self.lease(name, membership), area, mode)
         return self._by_name[name]
@@ -109,11 +109,11 @@ class LeasesInUse:
         if self._by_name.pop(held.name, None) is None or joined is None:
             return
         if given_back:
-            joined.left.discard(held.name)
+            joined.holdings.left.discard(held.name)
             await joined.drop(held.name)
         else:
-            joined.left.add(held.name)
-        joined.in_use.discard(held.name)
+            joined.holdings.left.add(held.name)
+        joined.holdings.in_use.discard(held.name)
 
     def stopped(self, joined: Lockspace, held: Held) -> None:
         """Nobody can write by a lost grant any more: with a watchdog, wait until what was written is on the storage."""
@@ -126,10 +126,10 @@ class LeasesInUse:
 
         def written() -> None:
             held.fenced = True
-            joined.unwritten -= 1
+            joined.holdings.unwritten -= 1
 
         image = held.grant.image
-        joined.unwritten += 1
+        joined.holdings.unwritten += 1
         wait_for_write_back(image.fd, text.from_bytes(image.path), written)
 
     async def tidy(self, joined: Lockspace, held: Held) -> None:
@@ -158,7 +158,7 @@ class LeasesInUse:
         try:
             held = await self.begin(joined, name, joined.membership(), Mode.EXCLUSIVE, self.find(name))
         except GrantLost:
-            joined.left.discard(name)
+            joined.holdings.left.discard(name)
             await joined.drop(name)
             return
         try:

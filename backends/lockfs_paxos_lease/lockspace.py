@@ -33,8 +33,9 @@ from lockfs_paxos_lease.engine.errors import BadArea, Clash, EngineError, Lost, 
 from lockfs_paxos_lease.engine.membership import Membership, Renewal
 from lockfs_paxos_lease.engine.timing import Timing
 from lockfs_paxos_lease.format.errors import Code
+from lockfs_paxos_lease.holdings import Holdings
 from lockfs_paxos_lease.place import Place, Space
-from lockfs_paxos_lease.state import State, StateFile
+from lockfs_paxos_lease.state import State
 from lockfs_paxos_lease.watchdog import Watchdog
 
 FENCE_LEAD = 1.0
@@ -91,19 +92,7 @@ class Lockspace:
         self._name = identity.name(self._digits, host)
         self._membership: Membership | None = None
         self._why = "this host has not joined the lockspace yet"
-        self._state = StateFile(run_dir, space.name)
-        self._boot = ""
-        self.in_use: set[str] = set()
-        """The names of leases that members have in use: one lease serves one image of this host."""
-        self.left: set[str] = set()
-        """What the last lockd of this incarnation had, and nobody has taken up; and what could not be given back."""
-        self.unfenced: set[str] = set()
-        """What was to be adopted and is lost, while those who went by it are yet to be fenced."""
-        self.unwritten = 0
-        """Grants that were lost, and of which something may still be in this host's memory; counted with a watchdog."""
-        self._names: dict[tuple[int, int], str] = {}
-        self.inherited = False
-        """True from when all that the last lockd had, and is still in use, has been taken up."""
+        self.holdings = Holdings(run_dir, space.name)
         self.watchdog_path = watchdog_path
         self._watchdog: Watchdog | None = None
         self._was_member = False
@@ -126,16 +115,16 @@ class Lockspace:
         """
         await trio.to_thread.run_sync(self._begin)
         try:
-            self._names = await trio.to_thread.run_sync(self._state.names)
-            heir, patience = bool(await trio.to_thread.run_sync(self._state.held)), START_PATIENCE
+            state, held = await self.holdings.before()
+            heir, patience = bool(held), START_PATIENCE
             if heir:
-                self._inherit(await trio.to_thread.run_sync(self._state.load, self._boot))
+                self._inherit(state)
                 good = 0.0 if self._broken else max(0.0, self._inherits_until - self._clock())
                 patience = min(patience, good / HEIR_SHARE)
             else:
                 self.area = await self._place.lockspace()
         except BaseException:
-            self._state.unlock()
+            self.holdings.end()
             self.deadline.close()
             raise
         # Nobody gives a backend a nursery, and this must go on between its calls.
@@ -158,8 +147,7 @@ class Lockspace:
     def _begin(self) -> None:
         self._watchdog = watchdog.on(self.watchdog_path, self.timing)
         try:
-            self._boot = identity.boot_id()
-            if self._state.lock():
+            if self.holdings.begin():
                 return
         except OSError as error:
             raise MountError(f"cannot keep the state of this host's leases: {error}") from error
@@ -175,20 +163,18 @@ class Lockspace:
             await self._ended.wait()
             membership, self._membership = self._membership, None
             self._why = "this host has left the lockspace"
-            if membership is not None and not self.in_use:
+            if membership is not None and not self.holdings.in_use:
                 await self._leave(membership)
             if self.area is not None:
                 await self.area.close()
-            self._state.unlock()
+            self.holdings.end()
             self.deadline.close()
 
     async def _leave(self, membership: Membership) -> None:
         try:
             with trio.fail_after(LEAVE_PATIENCE):
                 await self.run(membership.leave())
-            for name in self.left:
-                self._state.drop(name)
-            self._state.forget()
+            self.holdings.forget()
         except (EngineError, trio.TooSlowError) as error:
             log.warning("%s: the host id could not be given back: %s", self._place.where, error)
 
@@ -240,10 +226,9 @@ class Lockspace:
     async def _join(self) -> Membership:
         claim, membership = self._claim, None
         if self._was_member:
-            idle = self._is_idle
+            idle = self.holdings.is_idle
         else:
-            state = await trio.to_thread.run_sync(self._state.load, self._boot)
-            held = await trio.to_thread.run_sync(self._state.held)
+            state, held = await self.holdings.before()
             idle = partial(bool, state is not None and not held)
             self._inherit(state)
             await self._open_area()
@@ -252,15 +237,15 @@ class Lockspace:
             if membership is None:
                 self._broken = True
                 self.deadline.set(0, 0)
-            self.left = held if membership is not None else set()
+            self.holdings.left = held if membership is not None else set()
         if membership is None:
             membership = await claim.make(idle=idle)
-        elif self.left and self._watchdog is not None:
+        elif self.holdings.left and self._watchdog is not None:
             self._on_watchdog(self._watchdog.arm)
         # At once: until then the record is marked as a claim, which not even a successor of ours trusts.  And the look
         # at the others that comes with it is what tells the living from the dead.
         self.renewal = await self.run(membership.renew())
-        await self._save(membership)
+        await self.holdings.save(membership)
         self._was_member = True
         self._broken = False
         return membership
@@ -282,38 +267,6 @@ class Lockspace:
             what = error.message if isinstance(error, LockfsError) else str(error)
             raise StorageTrouble(Code.LEADER_READ, f"the lockspace could not be opened: {what}") from error
 
-    def _is_idle(self) -> bool:
-        """Say whether nobody can write any more by what this host was granted under the incarnations of this process.
-
-        What is in use counts until it is released, and not only until it is fenced: before that, I/O that had begun
-        when the fence came may still be on its way to the storage.
-        """
-        return not self.in_use and not self._unanswered
-
-    @property
-    def _unanswered(self) -> bool:
-        """True while something may be written by what this lockd has not granted, or has lost, and cannot fence."""
-        return bool(self.unfenced or self.unwritten) or bool(self.left and not self.inherited)
-
-    async def _save(self, membership: Membership) -> None:
-        """Write down who this host is now, and nothing of what an earlier incarnation held."""
-
-        def save() -> None:
-            self._state.save(
-                self._boot, membership.host_id, membership.generation, membership.name, membership.last_success
-            )
-            for name in self._state.held() - self.left - self.in_use:
-                self._state.drop(name)
-
-        await self._written(save)
-
-    async def _written(self, work: Callable[[], None]) -> None:
-        # Not in a thread: the run directory lies in memory, and a thread's turn takes longer than that.
-        try:
-            work()
-        except OSError as error:
-            raise StorageTrouble(-(error.errno or 0), f"cannot note what this host holds: {error}") from error
-
     async def _renew(self, membership: Membership, nursery: trio.Nursery) -> None:
         """Renew until the membership is lost."""
         failing = False
@@ -329,10 +282,10 @@ class Lockspace:
                 failing = True
                 continue
             self._move_deadline(membership)
-            if self._watchdog is not None and not self.unwritten:
+            if self._watchdog is not None and not self.holdings.unwritten:
                 self._on_watchdog(partial(self._watchdog.renewed, self._clock() - membership.last_success))
             try:
-                await self._save(membership)
+                await self.holdings.save(membership)
             except StorageTrouble as error:
                 log.warning("%s", error.message)
             if failing:
@@ -342,7 +295,7 @@ class Lockspace:
             if self.renewal.callers:
                 for member in self.members:
                     nursery.start_soon(member.asked, self.renewal.callers)
-            if self.left - self.in_use and self.members:
+            if self.holdings.left - self.holdings.in_use and self.members:
                 nursery.start_soon(self.members[0].mend)
 
     def _tell_if_slow(self) -> None:
@@ -378,8 +331,8 @@ class Lockspace:
     async def _look_at_watchdog(self) -> None:
         while True:
             if self._watchdog is not None:
-                holding = bool(self.in_use or self.left)
-                at_stake = self._unanswered or any(member.at_stake for member in self.members)
+                holding = bool(self.holdings.in_use or self.holdings.left)
+                at_stake = self.holdings.unanswered or any(member.at_stake for member in self.members)
                 self._on_watchdog(partial(self._watchdog.look, holding=holding, at_stake=at_stake))
             await trio.sleep(WATCH)
 
@@ -399,7 +352,7 @@ class Lockspace:
 
     def _lose_all(self, reason: str) -> None:
         self.deadline.set(0, 0)
-        if self.in_use:
+        if self.holdings.in_use:
             log.error("%s: what this host holds is to be fenced: %s", self._place.where, reason)
         for member in self.members:
             member.lose(reason)
@@ -436,24 +389,18 @@ class Lockspace:
             areas[Area.LEASE] = lease
         return await driver.run(operation, areas)
 
-    def name_noted(self, image: Image) -> str | None:
-        """Return how the last lockd called the lease of an image that it held; None if it did not hold it."""
-        return self._names.get((image.dev, image.ino))
-
     async def note(self, name: str, image: Image) -> None:
         """Write down that a lease is about to be taken, and arm the watchdog.  Raises `StorageTrouble`."""
+        await self.holdings.note(name, image, self._arm)
 
-        def note() -> None:
-            if self._watchdog is not None:
-                self._watchdog.arm()
-            self._state.note(name, (image.dev, image.ino))
-
-        await self._written(note)
+    def _arm(self) -> None:
+        if self._watchdog is not None:
+            self._watchdog.arm()
 
     async def drop(self, name: str) -> None:
         """Write down that a lease was given back."""
         try:
-            await self._written(lambda: self._state.drop(name))
+            await self.holdings.drop(name)
         except StorageTrouble as error:
             log.warning("%s", error.message)
 

@@ -1,7 +1,7 @@
 """What a lease is called, the same on all hosts: by what somebody has said, else by the inode of its image or its path.
 
 Invariants:
-* Who has taken a lease looks again whether the image is still called so (`Naming.of`): a name is changed only by who
+* Who has taken a lease looks again whether the image is still called so (`Naming.now`): a name is changed only by who
   holds the image under the old one, so a name that is right then stays right as long as the lease is held.
 * All hosts of a share go by one rule: the first one to mount writes down what it goes by (`Naming.rule`), and one that
   goes by another is not let in (`lockfs_paxos_lease.rule`).
@@ -68,16 +68,24 @@ class Naming:
 
         Raises `LockUnavailable` for an attribute that is no name, and where the storage does not say.
         """
-        path = text.from_bytes(image.path)
         try:
-            attribute = await self._lane.call(lambda: _attribute(image.fd), FILE_TIMEOUT)
-            given = self._given.of(image.relative, image.path, attribute)
+            return await self._lane.call(lambda: self.now(image), FILE_TIMEOUT)
+        except Overdue as error:
+            raise _unknown(image, str(error)) from error
+
+    def now(self, image: Image) -> str:
+        """Do as `of`, in a thread of the caller's."""
+        try:
+            given = self._given.of(image.relative, image.path, _attribute(image.fd))
         except UsageError as error:
             raise LockUnavailable(error.message, hint=error.hint) from error
-        except (OSError, Overdue) as error:
-            why = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
-            raise LockUnavailable(f"cannot tell how the lease on {path} is called: {why}") from error
+        except OSError as error:
+            raise _unknown(image, error.strerror or str(error)) from error
         return given or lease_name(image, by_inode=self._by_inode)
+
+
+def _unknown(image: Image, why: str) -> LockUnavailable:
+    return LockUnavailable(f"cannot tell how the lease on {text.from_bytes(image.path)} is called: {why}")
 
 
 def lease_name(image: Image, *, by_inode: bool = True) -> str:

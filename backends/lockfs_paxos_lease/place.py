@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -50,6 +51,11 @@ def hosts_of(timing: Timing, geometry: Geometry) -> int:
     return geometry.max_hosts if timing.is_sanlock else min(geometry.max_hosts, LEASE_HOSTS)
 
 
+def always() -> bool:
+    """Say yes."""
+    return True
+
+
 class Place(Protocol):
     """The areas of one lockspace and its leases.
 
@@ -70,8 +76,11 @@ class Place(Protocol):
     async def find_or_create(self, name: str) -> AreaIO:
         """Open the area of a lease, and make it if there is none.  The caller closes it."""
 
-    async def is_current(self, name: str, area: AreaIO) -> bool:
-        """Say whether an area that was opened is still that of the lease, and not that of one removed since."""
+    async def is_current(self, name: str, area: AreaIO, also: Callable[[], bool] = always) -> bool:
+        """Say whether an area that was opened is still that of the lease, and not that of one removed since.
+
+        And whether *also* is true, which is asked in the same turn of a thread: each costs time.
+        """
 
     async def close(self) -> None:
         """Close what is open but for areas."""

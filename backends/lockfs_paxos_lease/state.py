@@ -96,14 +96,21 @@ class StateFile:
             os.close(fd)
 
     def names(self) -> dict[tuple[int, int], str]:
-        """Return the leases that are written down, by their images; without those of which that is not readable."""
+        """Return the leases that are written down, by their images.
+
+        Without those of which that is not readable, and images that have two: one of them could not be given back.
+        """
         found: dict[tuple[int, int], str] = {}
+        twice = set()
         for lease in self.held():
             with open(os.path.join(self._held, lease), "rb") as file:
                 numbers = file.read(64).split()
             if len(numbers) == 2 and all(each.isdigit() for each in numbers):
-                found[int(numbers[0]), int(numbers[1])] = lease
-        return found
+                image = int(numbers[0]), int(numbers[1])
+                if image in found:
+                    twice.add(image)
+                found[image] = lease
+        return {image: lease for image, lease in found.items() if image not in twice}
 
     def drop(self, lease: str) -> None:
         """Write down that a lease was given back."""

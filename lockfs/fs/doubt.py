@@ -38,7 +38,7 @@ async def resolve(operations: Operations, session: LockdSession, fuse_fd: int) -
     try:
         await trio.to_thread.run_sync(device.notify_prune, fuse_fd, nodes)
         await trio.sleep(FORGOTTEN_WITHIN)
-        known = await session.known(nodes)
+        known = await session.inheritance.known(nodes)
     except (OSError, LockfsError) as error:
         log.info("files that may be open for nobody stay open: %s", error)
         return

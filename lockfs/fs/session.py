@@ -23,12 +23,13 @@ import trio
 from lockfs.backend import Mode
 from lockfs.errors import LockfsError, LockUnavailable
 from lockfs.fs.handover import Held, in_messages
+from lockfs.fs.inheritance import Inheritance
 from lockfs.fs.vigil import Vigil
 from lockfs.linux.closer import Closer
 from lockfs.linux.deadline import Deadline
 from lockfs.protocol import messages
 from lockfs.protocol.client import LockdClient
-from lockfs.protocol.errors import InvalidCall, LockdGone, NotHeld
+from lockfs.protocol.errors import LockdGone, NotHeld
 from lockfs.protocol.messages import Owner
 from lockfs.protocol.start import START_TIMEOUT
 from lockfs.protocol.wire import MAX_FDS, close_all
@@ -40,8 +41,6 @@ some.  One that was stopped while it started is given up after `START_TIMEOUT`, 
 """
 FIRST_PAUSE, LAST_PAUSE = 0.05, 2.0
 """Seconds before the next try to start one."""
-CLAIMS = 1000
-"""Holds that are claimed in one message."""
 T = TypeVar("T", bound=msgspec.Struct)
 log = logging.getLogger("lockfs.lockd-client")
 
@@ -153,18 +152,10 @@ class LockdSession:
         """What lockd knows the mount by."""
         return self._mount_id
 
-    async def claim(self, claims: list[messages.Claimed]) -> list[messages.Claimed]:
-        """Say what the daemon before has held, and all of it; return what is not safe to write under.
-
-        Raises `LockUnavailable`.
-        """
-        unsafe: list[messages.Claimed] = []
-        for at in range(0, max(1, len(claims)), CLAIMS):
-            last = at + CLAIMS >= len(claims)
-            call = messages.Claim(self._mount_id, claims[at : at + CLAIMS], last)
-            answer, _ = await self._client.call(call, messages.Claims)
-            unsafe += answer.unsafe
-        return unsafe
+    @property
+    def inheritance(self) -> Inheritance:
+        """What a successor asks the lockd of this moment for."""
+        return Inheritance(self._client, self._mount_id)
 
     async def take_over(self) -> list[int]:
         """Say that this daemon answers from now on, and heeds orders; return the nodes that are fenced.
@@ -175,11 +166,6 @@ class LockdSession:
         self._attachment = _Attachment(answer.dev, answer.data, root_fd, self._fuse_fd, resumable=True)
         return answer.fenced
 
-    async def known(self, nodes: list[int]) -> set[int]:
-        """Return those nodes that the kernel knows.  Raises `LockUnavailable`."""
-        answer, _ = await self._client.call(messages.Known(self._mount_id, nodes), messages.KnownNodes)
-        return set(answer.nodes)
-
     async def entrust(self, nodes: Sequence[int], fds: Sequence[int]) -> None:
         """Have lockd keep a descriptor of each node for a successor; they stay the caller's.  Raises `LockfsError`."""
         await self._call(messages.Entrust(self._mount_id, list(nodes)), messages.Entrusted, fds)
@@ -187,25 +173,6 @@ class LockdSession:
     async def dispose(self, nodes: Sequence[int]) -> None:
         """Have lockd close what it keeps of these nodes.  Raises `LockfsError`."""
         await self._call(messages.Dispose(self._mount_id, list(nodes)), messages.Noted)
-
-    async def fetch(self) -> dict[int, int]:
-        """Return the descriptors that lockd has kept for a successor, by node.  Raises `LockUnavailable`."""
-        found: dict[int, int] = {}
-        while True:
-            call = messages.Fetch(self._mount_id, max(found, default=0))
-            try:
-                fetched, fds = await self._client.call(call, messages.Fetched)
-            except InvalidCall:
-                return found  # a lockd that runs on after an update may be of a version that keeps none
-            found.update(zip(fetched.nodes, fds, strict=True))
-            if not fetched.nodes:
-                return found
-
-    async def reclaim(self, image: messages.Image) -> tuple[int | None, list[int]]:
-        """Return the token of the lock of an image, and the descriptors to keep with it.  Raises `LockfsError`."""
-        call = messages.Reclaim(self._mount_id, image.dev, image.ino)
-        reclaimed, keep = await self._client.call(call, messages.Reclaimed)
-        return reclaimed.token, keep
 
     # Calls -----------------------------------------------------------------------------------------
 

@@ -101,14 +101,14 @@ async def _resume(
     connection.heed(operations, session)
     if state.begin.data == "passthrough":
         daemon.bypass(operations, heir.fuse_fd, state.begin.dev, nursery)
-    kept = await session.fetch()
+    kept = await session.inheritance.fetch()
     await _restore(operations, state, kept)
     survival.begin_journal(request, operations, heir.mount_id, state.begin.dev)
     survival.provide_for_nameless(operations, session, nursery, kept)
     if operations.backing is not None:
         ahead = range(state.last_backing_id + 1, state.last_backing_id + 1 + MAX_TASKS)
         operations.backing.close_unused((*state.abandoned, *ahead))
-    unsafe = {(each.dev, each.ino) for each in await session.claim(_claims(operations))}
+    unsafe = {(each.dev, each.ino) for each in await session.inheritance.claim(_claims(operations))}
     operations.lose(unsafe, "it was lost while the mount had no daemon")
     obey = daemon.obedience(operations)
     operations.attached = True
@@ -147,7 +147,7 @@ async def _follow(
 async def _reclaim(operations: Operations, session: LockdSession) -> None:
     """Get the descriptors in which locks live: with them the locks outlive lockd, too."""
     try:
-        await operations.guard.reclaim(session.reclaim)
+        await operations.guard.reclaim(lambda image: session.inheritance.reclaim(image))
     except LockfsError as error:
         log.warning("locks that were taken over depend on lockd alone: %s", error)
 

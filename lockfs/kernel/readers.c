@@ -33,16 +33,6 @@
 #define PAGE 4096
 #define WAKE_UP (SIGRTMIN + 5)
 
-struct message {
-    struct message *next;
-    void *bytes;
-    size_t size;
-};
-
-struct queue {
-    struct message *first, **last;
-};
-
 static struct {
     pthread_mutex_t lock;
     pthread_cond_t call, end;
@@ -66,21 +56,7 @@ static struct {
     .device = -1, .event = -1, .inbox.last = &readers.inbox.first, .put_off.last = &readers.put_off.first,
 };
 
-/* Queues: with the lock held --------------------------------------------------------------------------------------- */
-
-static struct message *take(struct queue *queue)
-{
-    struct message *message = queue->first;
-    if (message && !(queue->first = message->next))
-        queue->last = &queue->first;
-    return message;
-}
-
-static void discard(struct message *message)
-{
-    free(message->bytes);
-    free(message);
-}
+/* The inbox -------------------------------------------------------------------------------------------------------- */
 
 static void raise_event(void)
 {
@@ -96,26 +72,20 @@ static void lower_event(void)
     (void)unused;
 }
 
-/* Without the lock held: queue a copy of a request. */
+/* Without the lock held. */
 static void put(struct queue *queue, const struct request *request)
 {
-    struct message *message = malloc(sizeof *message);
-    void *bytes = malloc(request->length);
-    if (!message || !bytes) {
-        free(message);
-        free(bytes);
+    struct message *message = queue_copy(request);
+    if (!message) {
         struct out_header out = {sizeof out, -ENOMEM, request->in->unique};
         ssize_t unused = write(readers.device, &out, sizeof out);
         (void)unused;
         return;
     }
-    memcpy(bytes, request->in, request->length);
-    *message = (struct message){.bytes = bytes, .size = request->length};
     pthread_mutex_lock(&readers.lock);
     if (queue == &readers.inbox && !queue->first)
         raise_event();
-    *queue->last = message;
-    queue->last = &message->next;
+    queue_add(queue, message);
     pthread_mutex_unlock(&readers.lock);
 }
 
@@ -233,10 +203,10 @@ static void come_back(struct request *request)
 {
     struct message *message;
     pthread_mutex_lock(&readers.lock);
-    while (!readers.stop && (message = take(&readers.put_off))) {
+    while (!readers.stop && (message = queue_take(&readers.put_off))) {
         pthread_mutex_unlock(&readers.lock);
         memcpy(request->in, message->bytes, request->length = message->size);
-        discard(message);
+        queue_discard(message);
         if (!gate_serve(readers.device, request))
             put(&readers.inbox, request);
         pthread_mutex_lock(&readers.lock);
@@ -387,8 +357,8 @@ bool readers_stop(void)
         until.tv_nsec %= 1000000000;
         pthread_cond_timedwait(&readers.end, &readers.lock, &until);
     }
-    for (struct message *each; (each = take(&readers.inbox)) || (each = take(&readers.put_off));)
-        discard(each);
+    for (struct message *each; (each = queue_take(&readers.inbox)) || (each = queue_take(&readers.put_off));)
+        queue_discard(each);
     if (readers.event >= 0)
         close(readers.event);
     bool all = readers.threads == 0;
@@ -433,7 +403,7 @@ ssize_t readers_take(void **bytes)
     pthread_mutex_lock(&readers.lock);
     if (!readers.threads && !readers.error)
         begin();
-    struct message *message = take(&readers.inbox);
+    struct message *message = queue_take(&readers.inbox);
     ssize_t size = message ? (ssize_t)message->size : -readers.error;
     if (!readers.inbox.first && !readers.error)
         lower_event();

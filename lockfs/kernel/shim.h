@@ -57,6 +57,22 @@ int gate_heed(int fd); /* the deadline; 0, or an errno */
 bool gate_is_for_data(const struct request *request);
 bool gate_serve(int device, struct request *request); /* false: that is for Python; the request is as it was */
 
+/* queue.c */
+struct message {
+    struct message *next;
+    void *bytes;
+    size_t size;
+};
+
+struct queue {
+    struct message *first, **last; /* last: where the next one goes; of an empty queue, &first */
+};
+
+struct message *queue_copy(const struct request *request);
+void queue_add(struct queue *queue, struct message *message);
+struct message *queue_take(struct queue *queue);
+void queue_discard(struct message *message);
+
 /* readers.c */
 int readers_start(int fd); /* 0, or an errno */
 bool readers_stop(void); /* whether all threads have ended */

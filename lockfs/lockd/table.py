@@ -76,6 +76,9 @@ class Table:
         except HeldError as error:
             self._refused(ask, error)
             raise
+        except LockUnavailable as error:
+            log.info("refused: %s for %s (%s); %s", ask.holder.path, ask.holder, ask.mode.value, error.message)
+            raise
         finally:
             if ask.recorded and not taken:
                 self._recorder.now(lock, ask.mounted, ask.image, ask.owner, ask.mode)

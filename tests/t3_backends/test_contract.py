@@ -142,7 +142,7 @@ async def successor(station: Station, open_host: Open, grant: Grant) -> AsyncIte
         os.close(fd)
     if isinstance(station.backend, PaxosBackend):
         # Of what it held it knows no more; in one process with its successor it would.
-        station.backend._joined.in_use.clear()
+        station.backend._joined.holdings.in_use.clear()
     async with open_host(station.host) as made:
         made.fds.append(fds[0])
         yield made, replace(grant.image, fd=fds[0]), fds[1:]
@@ -231,6 +231,7 @@ async def test_nothing_is_left_on_the_share(open_host: Open, storage: Path, lock
     assert list(lockspace.iterdir()) == []
     left = sorted(str(path.relative_to(storage)) for path in storage.rglob("*"))
     leases = [".lockfs/leases", f".lockfs/leases/i-{(storage / 'img').stat().st_ino:x}.lease", ".lockfs/leases/lockspace"]
+    leases.append(".lockfs/naming")
     assert left == [".lockfs", ".lockfs/holders", *(leases if way == "paxos-lease" else []), "img"]
 
 

@@ -73,6 +73,7 @@ def test_by_a_link_to_the_mount(host: Host, mount: Mount, holder: Actor, tmp_pat
     assert fails(holder)
 
 
+@pytest.mark.usefixtures("succession")
 def test_it_waits_for_no_daemon_that_hangs(host: Host, mount: Mount, holder: Actor, expect_log: Expected) -> None:
     expect_log("does not fence .*: it is killed|is dead")
     os.kill(mount.daemon(), signal.SIGSTOP)

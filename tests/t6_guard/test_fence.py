@@ -24,6 +24,8 @@ REFUSED = {"EIO", "ENOTCONN", "ECONNABORTED"}
 @pytest.fixture(scope="module", params=CASES, ids="-".join)
 def scene(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
     data, how = request.param
+    if how == REPLACED:
+        request.getfixturevalue("succession")
     base = tmp_path_factory.mktemp("fence")
     storage = base / "storage"
     storage.mkdir()

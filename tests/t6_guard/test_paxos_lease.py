@@ -108,6 +108,29 @@ def test_what_a_host_holds_is_fenced_when_its_record_is_not_its_own_any_more(
         assert one.result("write", fd, "more", 0) == "EIO"
 
 
+def test_a_damaged_lease_keeps_everybody_from_its_image_and_from_no_other(
+    a: Mount, host: Host, storage: Path
+) -> None:
+    (storage / "img").write_text("content")
+    (storage / "other").write_text("content")
+    lease = storage / ".lockfs" / "leases" / f"i-{(storage / 'img').stat().st_ino:x}.lease"
+    with Actor() as one:
+        one.call("close", one.call("open", a / "img", os.O_RDWR))
+        wait_until(lambda: not host.locks(), LATER, "the release, which comes after the close")
+        with lease.open("r+b") as file:
+            file.seek(48)
+            file.write(b"\xff")
+        assert one.result("open", a / "img", os.O_RDWR) == "ENOLCK"
+        assert one.result("open", a / "img", os.O_RDONLY) == "ok"
+        assert one.result("open", a / "other", os.O_RDWR) == "ok"
+    refusal = f"refused: {a / 'img'} for host host-a, process {one.pid}"
+    (line,) = [line for line in host.log().splitlines() if refusal in line]
+    assert f"the lease {lease} is damaged: at byte 0 of the area" in line
+    done = host.run("lockfs", "lease", "check", lease.parent)
+    assert done.returncode == 2
+    assert f"{lease}: error: leader: " in done.stdout
+
+
 @pytest.fixture
 def frozen(tmp_path: Path) -> Iterator[Callable[[bool], None]]:
     """A filesystem of its own at ``disk``, that can be made to hang: what writes to it waits."""

@@ -130,5 +130,7 @@ def test_leases_are_those_of_libvirts_sanlock_driver(storage: Path, tmp_path: Pa
 
 
 def test_libvirts_names_need_libvirts_timing_and_directory(storage: Path, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="needs leases="):
+        LeaseHost("ours", storage, tmp_path / "run", names="libvirt", takeover="sanlock")
     with pytest.raises(RuntimeError, match="needs takeover=sanlock"):
-        LeaseHost("ours", storage, tmp_path / "run", names="libvirt")
+        LeaseHost("ours", storage, tmp_path / "run", names="libvirt", leases=str(tmp_path))

@@ -34,6 +34,8 @@ TIMING = Timing.own(TAKEOVER)
 GIVES_UP = 1.8
 """Seconds after which a path gives up what stalls, and what a slow one takes: longer than a call may take, and less than
 the margin between L and a takeover, as it has to be."""
+NOISE = TIMING.margin / 2
+"""What a busy machine may add to the time until a program sees the fence: it is not made later by that."""
 LATER = 60.0
 SIZE = BLOCK * BLOCKS
 NEW = b"B"
@@ -146,7 +148,7 @@ async def test_who_cannot_reach_the_storage_is_fenced_before_others_have_what_it
     for case in made:
         assert case.taken > case.renewed + TIMING.dead_after(0), case.name
         if not case.watchdog:
-            assert case.fenced < case.renewed + TIMING.fence, f"{case.name}: fenced after L"
+            assert case.fenced < case.renewed + TIMING.fence + NOISE, f"{case.name}: fenced after L"
     assert len(device.resets) == 1, "the host was not reset"
     (case,) = [each for each in made if each.watchdog]
     assert case.fenced < case.taken, "the host was reset after another one had the image"

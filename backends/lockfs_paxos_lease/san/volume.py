@@ -32,7 +32,7 @@ from lockfs_paxos_lease.format import names, rindex
 from lockfs_paxos_lease.format.errors import BadRecord
 from lockfs_paxos_lease.format.fresh import cleared_lease, fresh_lease
 from lockfs_paxos_lease.format.leader import PAXOS_MAGIC, Leader
-from lockfs_paxos_lease.place import FILE_TIMEOUT, LEASE_THREADS, LOCKSPACE_THREADS, Space, hosts_of
+from lockfs_paxos_lease.place import FILE_TIMEOUT, LEASE_THREADS, LOCKSPACE_THREADS, Space, always, hosts_of
 from lockfs_paxos_lease.san.index import Index, is_used
 
 GUARD_PATIENCE = 6.0
@@ -174,9 +174,12 @@ class LeaseVolume:
         hosts = hosts_of(self._timing, space.geometry)
         return cleared_lease(space.geometry, space.name, name.encode(), now, hosts, self._timing.lease_version)
 
-    async def is_current(self, name: str, area: AreaIO) -> bool:
-        """Say that it is: a lease that was deleted says so itself, and none is deleted while it is in use."""
-        return True
+    async def is_current(self, name: str, area: AreaIO, also: Callable[[], bool] = always) -> bool:
+        """Ask *also*: a lease that was deleted says so itself, and none is deleted while it is in use."""
+        try:
+            return await self._lane.call(also, FILE_TIMEOUT)
+        except Overdue as error:
+            raise LockUnavailable(f"cannot look at the lease {name}: {error}") from error
 
     async def close(self) -> None:
         """Nothing stays open but areas."""
