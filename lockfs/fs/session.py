@@ -31,12 +31,13 @@ from lockfs.protocol import messages
 from lockfs.protocol.client import LockdClient
 from lockfs.protocol.errors import LockdGone, NotHeld
 from lockfs.protocol.messages import Owner
+from lockfs.protocol.start import START_TIMEOUT
 from lockfs.protocol.wire import MAX_FDS, close_all
 from lockfs.steps import step
 
-PATIENCE = 20.0
+PATIENCE = 2 * START_TIMEOUT
 """Seconds that a call waits for a lockd that is gone; one is started anew in well under one, on a host in trouble in
-some.
+some.  One that was stopped while it started is given up after `START_TIMEOUT`, and the next one has as long.
 """
 FIRST_PAUSE, LAST_PAUSE = 0.05, 2.0
 """Seconds before the next try to start one."""

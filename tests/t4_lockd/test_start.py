@@ -229,3 +229,26 @@ def test_who_only_looks_at_the_lock_is_no_lockd(host: Host) -> None:
     with host.run_dir.joinpath(start.LOCKD_LOCK).open(), host.run_dir.joinpath("start.lock").open("w") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         assert hung.end(str(host.run_dir)) == 0
+
+
+async def test_one_that_was_stopped_while_it_started_is_ended(environment: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has its seat, and does not listen: nobody else could start."""
+    monkeypatch.setattr(start, "START_TIMEOUT", 1.0)
+    monkeypatch.setenv("LOCKFS_IDLE_EXIT", "60")
+    lock = environment.run_dir / start.LOCKD_LOCK
+    program = "import fcntl, sys, time; file = open(sys.argv[1], 'w'); fcntl.flock(file, fcntl.LOCK_EX); print(flush=True); time.sleep(100)"
+    with subprocess.Popen([sys.executable, "-c", program, lock], stdout=subprocess.PIPE) as stopped:
+        assert stopped.stdout is not None
+        stopped.stdout.readline()
+        stopped.send_signal(signal.SIGSTOP)
+        with pytest.raises(SystemError_, match="lockd was not ready"):
+            await LockdClient.connect(str(environment.run_dir), start=True)
+        assert stopped.wait(20) == -signal.SIGKILL
+    with trio.fail_after(20):
+        while True:
+            try:
+                made = await LockdClient.connect(str(environment.run_dir), start=True)
+                break
+            except (LockUnavailable, SystemError_):
+                await trio.sleep(0.1)
+    await made.aclose()
