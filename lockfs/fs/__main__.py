@@ -41,6 +41,13 @@ class _Ready:
         self._fd = -1
 
 
+def _only(error: BaseException) -> BaseException:
+    """Return what a nursery may have wrapped."""
+    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    return error
+
+
 def main() -> int:
     """Serve one mount; return the exit code."""
     parser = argparse.ArgumentParser(prog="lockfs-mount-daemon", description=__doc__)
@@ -80,11 +87,12 @@ def main() -> int:
             run_dir=directory,
         )
         trio.run(serve, request, lambda: ready.tell(ready=True))
-    except LockfsError as error:
-        log.error("%s", error)
-        ready.tell(error=error.message, hint=error.hint, exit=error.exit_code)
-        return error.exit_code
-    except BaseException as error:
+    except BaseException as group:
+        error = _only(group)
+        if isinstance(error, LockfsError):
+            log.error("%s", error)
+            ready.tell(error=error.message, hint=error.hint, exit=error.exit_code)
+            return error.exit_code
         log.exception("the mount daemon failed")
         ready.tell(error=f"the mount daemon failed: {error!r}", hint="Its log has the details.", exit=EXIT_SYSTEM)
         return EXIT_SYSTEM

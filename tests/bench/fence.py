@@ -85,7 +85,7 @@ def main() -> None:
                 last, answered = (statistics.median(each) for each in zip(*times, strict=True))
                 print(f"| {data} | {last * 1000:,.0f} ms | {answered * 1000:,.0f} ms |", flush=True)
             finally:
-                complain(close_all([host], logs.Expected({"lost the lock|: its handles fail": True})))
+                complain(close_all([host], logs.Expected({"lost the lock|: its handles fail|does not fence|is dead": True})))
 
 
 if __name__ == "__main__":

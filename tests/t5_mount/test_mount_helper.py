@@ -146,6 +146,18 @@ def test_selinux_labels_are_quoted_for_the_kernel() -> None:
 # What is checked first ----------------------------------------------------------------------------
 
 
+def test_what_is_missing_for_passthrough_is_said_in_one_line(here: Here, expect_log: logs.Expected) -> None:
+    expect_log("no data=passthrough here: The kernel module is switched off")
+    here.host.variables["LOCKFS_KERNEL"] = "off"
+    done = here.call(here.source, here.mountpoint, "-o", "data=passthrough")
+    assert (done.returncode, done.stdout) == (FAILED, "")
+    assert done.stderr.splitlines() == [
+        "mount.lockfs: no data=passthrough here: The kernel module is switched off (LOCKFS_KERNEL=off).",
+        "  Use data=auto or data=gated.",
+    ]
+    assert not os.path.ismount(here.mountpoint)
+
+
 def test_a_missing_source(here: Here) -> None:
     said = here.refused(FAILED, here.source / "no", here.mountpoint)
     assert f"the source '{here.source}/no' does not exist" in said

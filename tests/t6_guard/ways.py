@@ -66,12 +66,16 @@ class Again:
 
 @dataclass(frozen=True)
 class Way:
-    """`setup` and `act` are Python for a puppet that has `path`, `directory`, `fd` and `mark`."""
+    """`setup` and `act` are Python for a puppet that has `path`, `directory`, `fd` and `mark`.
+
+    One that `needs_kernel_module` is refused by a mount without it.
+    """
 
     name: str
     act: str
     setup: str = "fd = os.open(path, os.O_RDWR)"
     prefix: tuple[str, ...] = ()
+    needs_kernel_module: bool = False
 
 
 PLAIN = [
@@ -88,7 +92,7 @@ PLAIN = [
         "fd = os.open(path, os.O_RDWR | os.O_DIRECT)"),
     Way("fsync", "os.fsync(fd)"),
     Way("ftruncate", "os.ftruncate(fd, 5000 if mark == b'B' else 100)"),
-    Way("fallocate", "fallocate(fd, 0, 2 << 20 if mark == b'B' else 4 << 20)"),
+    Way("fallocate", "fallocate(fd, 0, 2 << 20 if mark == b'B' else 4 << 20)", needs_kernel_module=True),
     Way("lseek to a hole", "os.lseek(fd, 0, os.SEEK_HOLE)"),
     Way("copy_file_range", "os.pwrite(twin, mark * 9, 0); os.copy_file_range(twin, fd, 9, 0, 0)",
         "fd = os.open(path, os.O_RDWR); twin = os.open(directory + '/twin', os.O_RDWR | os.O_CREAT)"),
