@@ -14,7 +14,7 @@ from t4_lockd.clients import FakeMount, mounted
 from t4_lockd.fakes import Lab
 
 from lockfs.errors import LockUnavailable
-from lockfs.fs.session import LockdSession
+from lockfs.fs.inheritance import Inheritance
 from lockfs.lockd import nameless
 from lockfs.protocol import messages as m
 from lockfs.protocol.errors import InvalidCall
@@ -68,16 +68,14 @@ async def test_there_is_one_descriptor_for_each(lockd: Host, storage: Path, expe
         os.close(fd)
 
 
-async def test_an_older_lockd_keeps_none(tmp_path: Path) -> None:
+async def test_an_older_lockd_keeps_none() -> None:
     """It runs on after an update, and starts successors that are of the new version."""
 
     class Older:
         async def call(self, request: object, reply: object, fds: object = ()) -> object:
             raise InvalidCall("lockd refused the call: MethodNotFound")
 
-    session = LockdSession(str(tmp_path), m.Mount("/srv", "/mnt", "ext4", {}, "nop"), -1, 0.0)
-    session._client = Older()
-    assert await session.fetch() == {}
+    assert await Inheritance(Older(), "mount").fetch() == {}
 
 
 async def test_there_is_a_limit(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
