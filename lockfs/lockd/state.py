@@ -200,7 +200,7 @@ def encode(record: Record) -> bytes:
 def decode(line: bytes) -> Record:
     """Return the record of a line without its end.  Raises ValueError for what is none, `OtherFormat`."""
     checksum, _, text = line.partition(b" ")
-    if len(checksum) != 8 or int(checksum, 16) != zlib.crc32(text):
+    if checksum != b"%08x" % zlib.crc32(text):
         raise ValueError("the checksum of a record is wrong")
     try:
         return _decoder.decode(text)
