@@ -68,6 +68,7 @@ def test_who_runs_and_who_does_not(puppet: Puppet) -> None:
 
     assert ran("until = time.monotonic() + 0.2\nwhile time.monotonic() < until: pass") > 10_000_000
     puppet.tell("pass")
+    time.sleep(0.2)  # it has answered, and may be about to wait for the next order only
     before = splicing.run_times([puppet.pid])
     time.sleep(0.2)
     assert splicing.run_times([puppet.pid]) == before
