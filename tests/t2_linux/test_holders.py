@@ -227,7 +227,9 @@ def test_a_birth_during_the_listing(mini: MiniMount, puppet: Puppet, monkeypatch
 
     monkeypatch.setattr(holders, "_everybody", racing)
     try:
-        assert seen(mini) == {(runners[-1], "fd", True)}
+        found = seen(mini)
+        assert (runners[-1], "fd", True) in found
+        assert found <= {(each, "fd", True) for each in runners}  # one that has told its child may exit later
         assert len(set(runners)) == 4
     finally:
         os.kill(runners[-1], signal.SIGKILL)
