@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,9 @@ from lockfs.backend import Host
 from lockfs.errors import Denied, LockUnavailable
 from lockfs.lockd import hosts
 from lockfs.lockd.fence import Fencer
+from lockfs.lockd.lock import Lock
 from lockfs.lockd.share import Share
+from lockfs.lockd.target import Target
 from lockfs.protocol import messages as m
 
 HERE = Host("this-host", "live", 1.5e9, here=True, number=1)
@@ -102,24 +105,28 @@ async def test_a_backend_hears_when_nobody_can_write_any_more(lab: Lab, nursery:
     await lab.release("owner")
 
 
-async def test_a_backend_hears_of_a_fence_that_is_certain(lab: Lab, nursery: trio.Nursery) -> None:
+@pytest.mark.parametrize("drained", [True, False])
+async def test_a_backend_hears_of_a_fence_when_what_was_under_way_has_ended(
+    lab: Lab, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch, drained: bool
+) -> None:
     lock = await lab.acquire("owner")
     assert lock.grant is not None
     fencer = Fencer(nursery, lab.table, lab.events)
+    fenced = trio.Event()
 
-    async def obey() -> None:
-        with lab.a.orders.listen() as orders:
-            async for order in orders:
-                lab.a.orders.obeyed(order.serial)
+    async def fence(locks: Iterable[Lock], reason: str, *, loss: bool) -> list[Target]:
+        targets = [Target.of(lock, lab.a) for lock in locks]
+        for target in targets:
+            target.stopped, target.drained = True, drained
+        fenced.set()
+        return targets
 
-    nursery.start_soon(obey)
-    await trio.testing.wait_all_tasks_blocked()
+    monkeypatch.setattr(fencer, "fence", fence)
     fencer.lose(lab.share, lock.grant)
-    with trio.fail_after(5):
-        while "fenced 1" not in lab.backend.calls:
-            await trio.sleep(0.01)
+    await fenced.wait()
+    await trio.testing.wait_all_tasks_blocked()
+    assert ("fenced 1" in lab.backend.calls) == drained
     await lab.release("owner")
-    nursery.cancel_scope.cancel()
 
 
 async def test_over_the_wire(lockd: Machine, storage: Path, expect_log: Expected) -> None:
