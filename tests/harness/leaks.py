@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import gc
+import time
 from pathlib import Path
 
 from harness import mounts, processes
+
+
+PATIENCE = 5.0
+"""Seconds that a thread may take which closes what nobody waits for; a leak is still there after it."""
 
 
 class Watch:
@@ -21,12 +26,18 @@ class Watch:
         found = []
         if self._leaked():
             gc.collect()  # what only a reference cycle keeps open is no leak
+            self._wait()
             found += [f"descriptor {fd} was left open: {what}" for fd, what in sorted(self._leaked().items())]
         for mount in reversed(mounts.below(self.directory)):
             if mount not in self.mounts:
                 found.append(f"{mount.path} ({mount.fstype}) was left mounted")
                 mounts.umount(mount.path, lazy=True)
         return found
+
+    def _wait(self) -> None:
+        until = time.monotonic() + PATIENCE
+        while self._leaked() and time.monotonic() < until:
+            time.sleep(0.01)
 
     def _leaked(self) -> dict[int, str]:
         now = processes.descriptors()
