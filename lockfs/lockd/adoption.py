@@ -64,6 +64,7 @@ class Adoption:
 
     def finish(self, mounted: Mounted) -> None:
         """The mount has said all: what it has not mentioned it does not hold."""
+        mounted.share.vault.settle_mount(mounted.mount_id)
         claim = self._claims.get(mounted.mount_id)
         if claim is None:
             return
@@ -91,6 +92,8 @@ class Adoption:
         """
         held = claim.images[identity]
         share = ghost.share
+        if not self._claims.shares(claim, identity):
+            await self._table.clear_heirloom(identity)
         relative = text.to_bytes(held.image.relative)
         number = await trio.to_thread.run_sync(_open_image, share.top.number, relative, identity)
         fd = Descriptor(number, share.storage.closer)
@@ -105,6 +108,7 @@ class Adoption:
                 if lock.grant is None:
                     lock.grant = await share.backend.acquire(image, mode, holder)
                     lock.fd, lock.mount, lock.since = fd, ghost, holder.since
+                    lock.keep()
                 self._put(lock, ghost, image, message, held.holds)
                 self._claims.settle_image(claim, identity)
 
@@ -179,7 +183,9 @@ class Adoption:
         lock.grant, lock.fd, lock.mount = grant, fd, mounted
         lock.since = min((by.since for by in (*held.holds, *before.values()) if by.since), default=time.time())
         step("lockd.after-adoption")
-        if not lock.backed:
+        if lock.backed:
+            lock.keep()
+        else:
             self._fencer.lose_lock(lock, "its lock was gone when lockd came back")
 
     def _put(

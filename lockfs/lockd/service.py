@@ -130,7 +130,7 @@ class Service:
                 return Answer(messages.Claims(self._shares.claim(mounted, request)))
             case messages.Reclaim():
                 mounted = self._shares.get(request.mount_id, client.pid)
-                token, keep = self._table.kept(mounted, request.dev, request.ino)
+                token, keep = self._table.kept_for(mounted, request.dev, request.ino)
                 return Answer(messages.Reclaimed(token), keep)
             case messages.Entrust():
                 self._entrust(client, request, fds)

@@ -13,6 +13,7 @@ from lockfs.lockd.recorder import Recorder
 from lockfs.lockd.share import Mounted
 from lockfs.lockd.table import Table
 from lockfs.protocol.messages import HeldImage
+from lockfs.vault.wire import lock_key
 
 
 class Succession:
@@ -53,17 +54,18 @@ class Succession:
     async def died(self, mounted: Mounted) -> None:
         """The daemon of a mount has died: if it had come back, and had not said all that it holds, look after the rest.
 
-        What lived in its descriptors is gone; so what can still be written to, past the daemon or by way of a
-        successor, is fenced.
+        Locks live on in the descriptors that the vault has kept.  Where there are none, what can still be written to,
+        past the daemon or by way of a successor, is fenced.
         """
         claim, attachment = self.claims.get(mounted.mount_id), mounted.attachment
         if claim is not None and attachment is not None and (attachment.data == "passthrough" or attachment.resumable):
-            rest = [
-                HeldImage(image.image, list(image.holds.values()), lost=image.lost)
-                for identity, image in claim.images.items()
-                if identity not in mounted.adopting
-            ]
-            await self._adoption.take_up(mounted, [(each, -1, []) for each in rest])
+            rest = []
+            for identity, image in claim.images.items():
+                if identity not in mounted.adopting:
+                    held = HeldImage(image.image, list(image.holds.values()), lost=image.lost)
+                    fd, *keep = mounted.share.vault.copies(lock_key(*identity)) or [-1]
+                    rest.append((held, fd, keep))
+            await self._adoption.take_up(mounted, rest)
             self._adoption.finish(mounted)
         await mounted.adopting.done()
 
