@@ -109,6 +109,7 @@ class Daemon:
                 ready()
                 service_manager.notify(READY=1, STATUS=f"serves {self._run_dir}", MAINPID=os.getpid())
             background.cancel_scope.cancel()
+        self._vault.close()
         file.close()
 
     # Connections ------------------------------------------------------------------------------
@@ -177,11 +178,13 @@ class Daemon:
         if shares.mounts:
             log.warning("lockd stops while %d mounts need it; they keep the locks they have", len(shares.mounts))
         self._seat.close()
-        if all(each.absent for each in shares.mounts.values()) and not claims:
+        lives = any(not each.absent for each in shares.mounts.values())
+        if lives or any(not each.orphaned for each in claims.all()):
+            for mounted in shares.mounts.values():
+                if mounted.absent:
+                    self._vault.forget(mounted.mount_id)
+        else:
             await self._vault.end()
-        for each in shares.mounts.values():
-            if each.absent:
-                self._vault.forget(each.mount_id)
         killer = threading.Timer(STOP_TIMEOUT, _end_at_once)
         killer.daemon = True
         killer.start()

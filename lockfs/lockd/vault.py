@@ -222,7 +222,7 @@ class Vault:
         while True:
             if self._socket is not None:
                 await self._attend(self._socket)
-                self._close()
+                self.close()
                 self._reap()
                 if self._ending:
                     self._ended.set()
@@ -300,7 +300,8 @@ class Vault:
                 pass
             self._children.remove(pid)
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """Hang up; the vault goes on, unless it was told to end."""
         if self._socket is not None:
             self._socket.close()
             self._socket = None

@@ -19,8 +19,8 @@ from lockfs.vault.wire import Item
 
 HANG = float(os.environ.get("LOCKFS_HANG") or 5)
 """Seconds without a word from lockd after which it counts as one that hangs."""
-DOUBT = 1.0
-"""Seconds more for it to say something, where this process itself may have been stopped."""
+DOUBT = 4.0
+"""Seconds more before it is killed: mounts that live do that before, and this process itself may have been stopped."""
 LOOK = 1.0
 """Seconds between two looks at what takes time."""
 LINGER = 1.0
@@ -42,7 +42,7 @@ class Daemon:
         self._store = Store()
         self._starter = Starter()
         self._lockd: socket.socket | None = None
-        self._pidfd = -1
+        self._pid, self._pidfd = 0, -1
         self._heard = self._gone = time.monotonic()
         self._doubted = 0.0
         self._told_to_leave = -LEAVE
@@ -67,6 +67,8 @@ class Daemon:
             else:
                 self._starter.reap()
                 self._watch()
+        if self._lockd is not None:
+            self._lockd.close()
 
     def _leave_soon(self, number: int, _: object) -> None:
         self._told_to_leave = time.monotonic()
@@ -80,12 +82,12 @@ class Daemon:
 
     def _accept(self) -> None:
         sock, _ = self._listener.accept()
-        pid, uid, _ = struct.unpack("iII", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        self._pid, uid, _ = struct.unpack("iII", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
         if uid not in (0, os.geteuid()):
             sock.close()
             return
         try:
-            self._pidfd = os.pidfd_open(pid)
+            self._pidfd = os.pidfd_open(self._pid)
         except OSError:
             self._pidfd = -1  # it has ended; what it has said is still to be heard
         sock.settimeout(ANSWER_TIMEOUT)
@@ -144,13 +146,13 @@ class Daemon:
         if not self._doubted:
             self._doubted = now
         elif now > self._doubted + DOUBT:
-            self._report(f"lockd has not said anything for {now - self._heard:.0f} s: it is killed")
             self._heard, self._doubted = now, 0.0
-            if self._pidfd >= 0:
-                try:
+            try:
+                if self._pidfd >= 0:
                     signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
-                except ProcessLookupError:
-                    pass
+                    self._report(f"lockd (process {self._pid}) has not answered for {HANG:g} s: it is killed")
+            except ProcessLookupError:
+                pass
 
     def _without_lockd(self) -> None:
         now = time.monotonic()

@@ -205,9 +205,11 @@ def test_a_run_directory_may_have_a_long_path(
     monkeypatch.setenv("LOCKFS_RUN_DIR", str(deep))
     start.ensure_lockd(start.run_dir())
     assert start.is_running(str(deep))
-    pids = processes.of_run_dir(deep)
-    assert len(pids) == 1
-    assert processes.end(pids, signal.SIGTERM, 10) == []
+    host = Host("deep", deep)
+    (lockd,) = host.processes("lockfs.lockd")
+    vault = host.vault()
+    assert processes.end([lockd], signal.SIGTERM, 10) == []
+    assert processes.wait_until_gone([vault], 10) == []
 
 
 def test_a_wrong_time_is_not_taken(environment: Host, monkeypatch: pytest.MonkeyPatch) -> None:
