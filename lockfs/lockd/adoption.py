@@ -67,6 +67,7 @@ class Adoption:
         mounted.share.vault.settle_mount(mounted.mount_id)
         claim = self._claims.get(mounted.mount_id)
         if claim is None:
+            mounted.is_whole()
             return
         dropped = 0
         for (dev, ino), image in list(claim.images.items()):
@@ -79,6 +80,7 @@ class Adoption:
             dropped += 1
         mounted.handed_over = True
         if not mounted.adopting:
+            mounted.is_whole()
             self._claims.settle(claim)
         log.info("%s has come back, and holds %d images%s", mounted.mount.mountpoint,
                  len(self._table.held_by(mounted)),
@@ -149,6 +151,7 @@ class Adoption:
                 if claim is not None:
                     self._claims.settle_image(claim, identity)
                     if mounted.handed_over and not mounted.adopting:
+                        mounted.is_whole()
                         self._claims.settle(claim)
             if any(lock.blocker(by.owner.key, Mode(by.mode)) for by in held.holds):
                 self._fencer.lose_lock(lock, "two owners have it")

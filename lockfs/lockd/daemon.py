@@ -224,11 +224,16 @@ class Daemon:
 
 
 def _everything(vault: Vault, shares: Shares, table: Table) -> Iterator[tuple[str, Sequence[int]]]:
-    """Yield all that a vault is to keep."""
-    yield from vault.inherited.items()
+    """Yield all that a vault is to keep; last of all that it is all."""
+    whole = {key: fds for key, fds in vault.inherited.items() if key.startswith("whole/")}
+    yield from ((key, fds) for key, fds in vault.inherited.items() if key not in whole)
+    yield from table.kept()
     for mounted in shares.mounts.values():
         yield from mounted.all_kept()
-    yield from table.kept()
+    yield from whole.items()
+    for mounted in shares.mounts.values():
+        if mounted.whole:
+            mounted.is_whole()
 
 
 def _end_at_once() -> None:

@@ -84,6 +84,7 @@ class Granting:
             lock.grant, lock.fd, lock.mount, lock.since = grant, ask.fd, ask.mounted, ask.holder.since or time.time()
             lock.keep()
             self._tell("acquired", lock, ask.holder)
+            await lock.share.vault.flushed()
         elif lock.grant.mode is Mode.SHARED and ask.mode is Mode.EXCLUSIVE:
             await backend.convert(lock.grant, Mode.EXCLUSIVE, ask.holder)
             if job.given_up():

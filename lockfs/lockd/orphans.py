@@ -38,7 +38,7 @@ from lockfs.protocol import hung
 
 FIRST_PAUSE, LAST_PAUSE = 0.1, 1.0
 """Seconds between two looks at all processes."""
-ABSENCE = hung.HANG + 5.0
+ABSENCE = hung.HANG + 2.0
 """Seconds for a daemon that lives to come back, which takes well under one: then it hangs, as one that was stopped."""
 FSTYPE = "fuse.lockfs"
 

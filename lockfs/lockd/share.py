@@ -19,7 +19,7 @@ from lockfs.lockd.orders import Orders
 from lockfs.lockd.storage import Storage
 from lockfs.lockd.vault import Vault
 from lockfs.protocol import messages
-from lockfs.vault.wire import mount_key, nameless_key
+from lockfs.vault.wire import mount_key, nameless_key, whole_key
 
 if TYPE_CHECKING:
     from lockfs.lockd.revival import Revival
@@ -94,7 +94,8 @@ class Mounted:
     is a `revival`; `restarts` counts them, `deaths` how often in a row one has died soon after it served.  `gone` says
     that the daemon has ended for good; a `keeper` then answers in its place while there may be somebody who can write.
     `fenced` has the node ids that were fenced.  `came_back` says that its daemon has registered it once more, with this
-    lockd, `handed_over` that it has said all that it holds.  `nameless` is what `lockfs.lockd.nameless` keeps.
+    lockd, `handed_over` that it has said all that it holds, `whole` that
+    the vault knows all of it.  `nameless` is what `lockfs.lockd.nameless` keeps.
     """
 
     mount_id: str
@@ -112,6 +113,7 @@ class Mounted:
     keeper: Keeper | None = None
     adopting: Adopting = field(default_factory=Adopting)
     handed_over: bool = False
+    whole: bool = False
     revival: Revival | None = None
     restarts: int = 0
     deaths: int = 0
@@ -146,6 +148,11 @@ class Mounted:
             yield mount_key(self.mount_id), kept
             for node, each in self.nameless.items():
                 yield nameless_key(self.mount_id, node), [each.number]
+
+    def is_whole(self) -> None:
+        """All that is held through the mount is kept by the vault from now on, before the mount is told of it."""
+        self.whole = True
+        self.share.vault.put(whole_key(self.mount_id), [])
 
     def detach(self) -> None:
         """Close what lockd keeps of the mount."""

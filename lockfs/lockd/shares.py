@@ -170,6 +170,8 @@ class Shares:
         mounted.attachment = Attachment.of(call, root_fd, fuse_fd, mounted.pid, self._nursery)
         if call.resumable and RESTARTS:
             self._vault.put(mount_key(mounted.mount_id), mounted.kept)
+            if not mounted.came_back:
+                mounted.is_whole()
             self._nursery.start_soon(watch, mounted, mounted.attachment)
 
     async def revive(self, claim: Claim) -> bool:

@@ -11,8 +11,10 @@ from lockfs.lockd.claims import Claims
 from lockfs.lockd.orphans import Orphans, Places
 from lockfs.lockd.recorder import Recorder
 from lockfs.lockd.share import Mounted
+from lockfs.lockd.state import Identity
 from lockfs.lockd.table import Table
 from lockfs.protocol.messages import HeldImage
+from lockfs.protocol.wire import close_all
 from lockfs.vault.wire import lock_key
 
 
@@ -61,13 +63,23 @@ class Succession:
         if claim is not None and attachment is not None and (attachment.data == "passthrough" or attachment.resumable):
             rest = []
             for identity, image in claim.images.items():
-                if identity not in mounted.adopting:
-                    held = HeldImage(image.image, list(image.holds.values()), lost=image.lost)
-                    fd, *keep = mounted.share.vault.copies(lock_key(*identity)) or [-1]
-                    rest.append((held, fd, keep))
+                kept = mounted.share.vault.copies(lock_key(*identity))
+                if identity in mounted.adopting or not (kept or image.lost or self._may_be_held(mounted, identity)):
+                    close_all(kept)
+                    continue
+                fd, *keep = kept or [-1]
+                rest.append((HeldImage(image.image, list(image.holds.values()), lost=image.lost), fd, keep))
             await self._adoption.take_up(mounted, rest)
             self._adoption.finish(mounted)
         await mounted.adopting.done()
+
+    def _may_be_held(self, mounted: Mounted, identity: Identity) -> bool:
+        """Say whether an image may be held through a mount although the vault has no lock of it.
+
+        If the vault was whole, its lock was wanted, and the mount not told that it has it; or it was given back.
+        """
+        share = mounted.share
+        return not share.backend.excludes or not share.vault.is_whole(mounted.mount_id) or self._table.has(identity)
 
     async def gone(self, mounted: Mounted) -> None:
         """A mount is not served any more; return when it is known that nothing of it is left."""

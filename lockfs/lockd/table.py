@@ -329,6 +329,11 @@ class Table:
             if lock.kept and lock.backed and lock.share.backend.excludes:
                 yield lock_key(*lock.key[1:]), lock.kept
 
+    def has(self, identity: Identity) -> bool:
+        """Say whether there is a lock on an image, of whatever mount."""
+        lock = self.locks.get((0, *identity))
+        return lock is not None and lock.grant is not None
+
     def uses(self, share: Share) -> bool:
         """Say whether there is any lock of this share."""
         return any(lock.share is share for lock in self.locks.values())

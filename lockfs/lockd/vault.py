@@ -1,8 +1,9 @@
 """lockd's side of the vault (`lockfs.vault`): what the last lockd had is found there, what this one has is kept there.
 
 Invariants:
-* Nothing waits for the vault but the start of lockd, for a limited time: what is said to it lies in the kernel when the
-  call returns, with its descriptors, and outlives this process; or in a queue, where the vault is too slow.
+* Only the start of lockd waits for the vault, for a limited time: what is said to it lies in the kernel when the call
+  returns, with its descriptors, and outlives this process.  Where the vault is too slow it lies in a queue: then who is
+  to be granted a lock waits until it does not (`flushed`).
 * A vault that dies, or hangs and is killed for it, is started anew and filled; until then this process keeps all, as it
   does anyway.
 * What was `inherited` is the next holder's: whoever puts something under its key, or drops that, is done with it.
@@ -51,7 +52,7 @@ class Vault:
         self._idle_exit = start.IDLE_EXIT if idle_exit is None else str(idle_exit)
         self._socket: socket.socket | None = None
         self._queue: deque[tuple[bytes, list[int]]] = deque()
-        self._queued = trio.Event()
+        self._queued, self._drained = trio.Event(), trio.Event()
         self._unheard = 0
         self._closers: dict[str, Closer] = {}
         self._children: list[int] = []
@@ -101,8 +102,18 @@ class Vault:
     def settle_mount(self, mount_id: str) -> None:
         """Drop what was inherited of a mount and is not its any more."""
         for key in list(self.inherited):
-            if not key.startswith("lock/") and wire.group(key) == mount_id:
+            if key.startswith(("mount/", "nameless/")) and wire.group(key) == mount_id:
                 self.drop(key)
+
+    def is_whole(self, mount_id: str) -> bool:
+        """Say whether the last lockd has had kept all that was held through a mount."""
+        return wire.whole_key(mount_id) in self.inherited
+
+    async def flushed(self) -> None:
+        """Return when all that was said lies in the kernel: at once, but for a vault that is too slow."""
+        with trio.move_on_after(3 * hung.HANG):
+            while self._queue:
+                await self._drained.wait()
 
     def _let_go(self, key: str) -> None:
         if (fds := self.inherited.pop(key, None)) is not None:
@@ -268,6 +279,7 @@ class Vault:
                     break
                 self._queue.popleft()
                 close_all(fds)
+            self._drain()
             self._queued = trio.Event()
             await self._queued.wait()
 
@@ -308,3 +320,8 @@ class Vault:
         for _, fds in self._queue:
             close_all(fds)
         self._queue.clear()
+        self._drain()
+
+    def _drain(self) -> None:
+        self._drained.set()
+        self._drained = trio.Event()

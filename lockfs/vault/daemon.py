@@ -13,7 +13,7 @@ import time
 import lockfs
 from lockfs.steps import step
 from lockfs.vault import wire
-from lockfs.vault.starter import Recipe, Starter
+from lockfs.vault.starter import LAST_PAUSE, MANY, Recipe, Starter
 from lockfs.vault.store import Store
 from lockfs.vault.wire import Item
 
@@ -29,8 +29,6 @@ LEAVE = 10.0
 """Seconds after SIGTERM in which the end of lockd is the end of the vault, too."""
 ANSWER_TIMEOUT = 5.0
 """Seconds for lockd to take what it has asked for."""
-LOUD = 5
-"""Starts of lockd in a row without success that are reported."""
 
 
 class Daemon:
@@ -165,9 +163,12 @@ class Daemon:
                 self._starter.look()
             except OSError as error:
                 self._report(f"lockd cannot be started: {error}")
-            if self._starter.tries == LOUD and not self._loud:
+            if self._starter.tries == MANY and not self._loud:
                 self._loud = True
-                self._report(f"lockd has been started {LOUD} times and does not stay; its log says why")
+                self._report(
+                    f"lockd has been started {MANY} times and does not stay; its log says why.  "
+                    f"It is tried again every {LAST_PAUSE:g} s; until then who uses a mount waits"
+                )
 
     def _report(self, what: str) -> None:
         # Who never has anything to say need not have loaded this.

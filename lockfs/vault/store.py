@@ -34,6 +34,7 @@ class Store:
     def forget(self, mount_id: str) -> None:
         """Close all that is kept of a mount, its connection first."""
         self.drop(wire.mount_key(mount_id))
+        self.drop(wire.whole_key(mount_id))
         for key in [key for key in self._kept if key.startswith(f"nameless/{mount_id}/")]:
             self.drop(key)
         self._closers.pop(mount_id, None)

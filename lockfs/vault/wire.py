@@ -73,6 +73,11 @@ def nameless_key(mount_id: str, node: int) -> str:
     return f"nameless/{mount_id}/{node}"
 
 
+def whole_key(mount_id: str) -> str:
+    """Return the key, of no descriptors, that says of a mount: a lock that is not kept is not held through it."""
+    return f"whole/{mount_id}"
+
+
 def lock_key(dev: int, ino: int) -> str:
     """Return the key of what a lock lives in: the descriptor it was put on, and those to keep with it."""
     return f"lock/{dev}/{ino}"
