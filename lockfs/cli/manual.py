@@ -171,8 +171,8 @@ def _lockd() -> Page:
         last mount is gone. It holds the locks by a backend, keeps what a mount daemon needs to be started again, and
         fences images. If it dies, the mounts start another one, and hand over what they hold.
 
-        Beside it runs the vault, a small process that keeps copies of descriptors, so that nobody notices if lockd and a
-        mount daemon die at the same time. It starts lockd where no mount does, and leaves together with it.
+        Beside it runs the vault, a small process that keeps copies of descriptors, so that nobody notices if lockd and
+        a mount daemon die at the same time. It starts lockd where no mount does, and leaves together with it.
         """
     )
     page.section("Signals")

@@ -11,6 +11,7 @@ Invariants:
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -37,6 +38,8 @@ END_TIMEOUT = 1.0
 """Seconds for the vault to end when it is told to."""
 RETRY = 1.0
 """Seconds before it is tried again to start one."""
+LATER = (errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM, errno.ETOOMANYREFS)
+"""Errors of sending that pass."""
 NOT_FOR_OTHERS = ("NOTIFY_SOCKET", "LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "WATCHDOG_USEC", "WATCHDOG_PID")
 """Variables by which a service manager speaks to this process alone."""
 
@@ -129,12 +132,20 @@ class Vault:
             try:
                 wire.send(self._socket, message, fds)
                 return
-            except BlockingIOError:
-                pass
-            except OSError:
-                return  # its end is noticed by `keep`, and the next one is filled with all there is
+            except OSError as error:
+                if error.errno not in LATER:
+                    self._give_up()
+                    return
         self._queue.append((message, [os.dup(fd) for fd in fds]))
         self._queued.set()
+
+    def _give_up(self) -> None:
+        """Have `keep` notice that the vault does not know all: the next one is filled with it."""
+        try:
+            if self._socket is not None:
+                self._socket.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass  # it has ended
 
     async def open(self) -> None:
         """Find the vault, and take what is there; or start one.  Never fails: without it all is as it would be."""
@@ -150,7 +161,7 @@ class Vault:
                 return
             log.info("the vault is of version %s, and is replaced", version)
         sock.close()
-        await self._begin(list(self.inherited.items()))
+        await self._begin(sorted(self.inherited.items(), key=lambda kept: kept[0].startswith("whole/")))
 
     def _connect(self) -> socket.socket:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
@@ -205,7 +216,8 @@ class Vault:
             self._say([Item(wire.PUT, len(fds), key)], fds)
 
     def _spawn(self) -> socket.socket:
-        hung.end(self._run_dir, wire.LOCK)  # one that cannot be reached, or does not answer
+        if ended := hung.end(self._run_dir, wire.LOCK):  # one that cannot be reached, or does not answer
+            self._children.append(ended)  # perhaps: a lockd that has replaced itself is the parent of the one it had
         path = os.path.dirname(os.path.dirname(os.path.abspath(lockfs.__file__)))
         environment = {key: value for key, value in os.environ.items() if key not in NOT_FOR_OTHERS}
         with (
@@ -272,11 +284,12 @@ class Vault:
                 message, fds = self._queue[0]
                 try:
                     wire.send(sock, message, fds)
-                except BlockingIOError:
+                except OSError as error:
+                    if error.errno not in LATER:
+                        self._give_up()
+                        return
                     await trio.sleep(PULSE / 100)  # there is room, but not enough
                     continue
-                except OSError:
-                    break
                 self._queue.popleft()
                 close_all(fds)
             self._drain()
@@ -290,6 +303,7 @@ class Vault:
                 log.error("the vault has not answered for %g s: it is killed", hung.HANG)
                 await trio.to_thread.run_sync(hung.end, self._run_dir, wire.LOCK)
                 self._unheard = 0
+            self._reap()
             self._unheard += 1
             self._say([Item(wire.ALIVE)])
             await trio.sleep(PULSE)
@@ -302,6 +316,10 @@ class Vault:
         self._say([Item(wire.END)])
         with trio.move_on_after(END_TIMEOUT):
             await self._ended.wait()
+        try:
+            os.unlink(os.path.join(self._run_dir, wire.SOCKET))
+        except FileNotFoundError:
+            pass
 
     def _reap(self) -> None:
         for pid in list(self._children):
