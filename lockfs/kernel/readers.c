@@ -234,13 +234,16 @@ static bool is_left_alone(void)
     return alone;
 }
 
-static void handle(struct request *request)
+/* Return whether that was a request for data. */
+static bool handle(struct request *request)
 {
     if (request->in->opcode == OP_INTERRUPT)
-        return; /* One that nobody answers is dropped when its request is; libfuse might have it sent for ever. */
+        return false; /* One that nobody answers is dropped when its request is; libfuse might have it sent for ever. */
     if (!gate_is_for_data(request)) {
         put(&readers.inbox, request);
-    } else if (go_off()) {
+        return false;
+    }
+    if (go_off()) {
         if (!gate_serve(readers.device, request))
             put(&readers.inbox, request);
         come_back(request);
@@ -249,13 +252,17 @@ static void handle(struct request *request)
         if (is_left_alone())
             come_back(request);
     }
+    return true;
 }
 
-/* Return the length of a request, or a negative errno: the connection has ended, or we are to. */
-static ssize_t receive(struct request *request)
+/* Return the length of a request, or a negative errno: the connection has ended, or we are to.  With *soon* the next one
+ * may be on its way. */
+static ssize_t receive(struct request *request, bool soon)
 {
     while (!__atomic_load_n(&readers.stop, __ATOMIC_SEQ_CST)) {
+        int64_t begin = soon ? spin_begin(readers.device) : 0;
         ssize_t got = read(readers.device, request->in, request->room);
+        spin_end(begin);
         if (got >= (ssize_t)sizeof *request->in)
             return got;
         if (got >= 0)
@@ -284,9 +291,10 @@ static void *run(void *slot)
             .in = (struct in_header *)(block + PAGE - IO_HEADERS), .room = shim.buffer_size,
             .aligned = block + PAGE, .aligned_room = shim.buffer_size - HEADER_ROOM,
         };
-        while ((got = receive(&request)) > 0) {
+        bool soon = false;
+        while ((got = receive(&request, soon)) > 0) {
             request.length = (size_t)got;
-            handle(&request);
+            soon = handle(&request);
         }
         free(block);
     }
@@ -318,6 +326,7 @@ int readers_start(int fd)
     pthread_mutex_lock(&readers.lock);
     readers.stop = false;
     readers.error = 0;
+    spin_prepare();
     int error = readers.threads ? EBUSY : 0;
     if (!error) {
         pthread_condattr_t attributes;

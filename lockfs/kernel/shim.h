@@ -49,7 +49,7 @@ struct request {
 };
 
 /* gate.c: all may be called by any thread */
-int gate_add(uint32_t number, int fd, int direct, bool guarded, uint32_t trust); /* 0, or an errno */
+int gate_add(uint32_t number, int fd, int direct, bool guarded, uint64_t trust, bool calm_only); /* 0, or an errno */
 bool gate_shut(uint32_t number);   /* whether there is such a file */
 bool gate_remove(uint32_t number); /* whether its descriptors are the caller's again: nobody uses them */
 void gate_remove_all(void);
@@ -72,6 +72,11 @@ struct message *queue_copy(const struct request *request);
 void queue_add(struct queue *queue, struct message *message);
 struct message *queue_take(struct queue *queue);
 void queue_discard(struct message *message);
+
+/* spin.c: of the threads that read */
+void spin_prepare(void);
+int64_t spin_begin(int device);
+void spin_end(int64_t begin);
 
 /* readers.c */
 int readers_start(int fd); /* 0, or an errno */
