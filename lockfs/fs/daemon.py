@@ -142,6 +142,8 @@ async def _serve(
             raise MountError(f"{text.from_bytes(request.mountpoint)} was unmounted while it was mounted")
         if request.options.values["data"] != "gated" and _can_bypass(request, operations):
             bypass(operations, fd, found.dev, nursery)
+        elif operations.gates is not None:
+            connection.read_ahead(found.dev)
         if operations.negotiated is not None:
             survival.begin_journal(request, operations, session.mount_id, found.dev)
             survival.provide_for_nameless(operations, session, nursery)

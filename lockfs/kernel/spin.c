@@ -16,13 +16,19 @@
 
 #define SHORTEST 10000 /* ns */
 #define LONGEST 80000
-#define SOON 100000      /* a request that comes within this time would have been worth it */
+#define SOON 100000      /* who waits for a request that comes within this time should have looked for it */
+#define AT_ONCE 3000     /* who waits no longer did not sleep */
 #define TAKEN_AWAY 50000 /* between two looks: somebody else had the processor */
+#define PATIENCE 16
+#define PAUSE 2000
 
+/* Guarded by `taken`; who does not get it does without. */
 static struct {
     atomic_flag taken;
-    _Atomic int64_t window; /* ns */
-    bool pointless; /* with one processor, whoever is to make the next request waits for this thread */
+    int window;             /* ns */
+    unsigned vain, at_once; /* times in a row that it was of no use: none came, or the first look was enough */
+    unsigned pause;         /* requests until the next try */
+    bool pointless;         /* with one processor, whoever is to make the next request waits for this thread */
 } spin = {.taken = ATOMIC_FLAG_INIT};
 
 static int64_t now(void)
@@ -39,35 +45,58 @@ void spin_prepare(void)
     spin.window = 0;
 }
 
-/* Look for a request for a while.  Return when that began if there is none yet; else, or if another thread looks, 0. */
+/* Look for a request for as long as it may be worth it, and return whether there is one. */
+static bool look(int device, int64_t begin)
+{
+    struct pollfd request = {.fd = device, .events = POLLIN};
+    for (int64_t last = begin, time = begin; time - begin < spin.window; last = time) {
+        if (poll(&request, 1, 0) != 0) {
+            spin.vain = 0;
+            spin.at_once = last == begin ? spin.at_once + 1 : 0;
+            if (spin.at_once > PATIENCE)
+                spin.window = 0; /* it is there in any case */
+            return true;
+        }
+        time = now();
+        if (time - last > TAKEN_AWAY)
+            spin.window = 0;
+    }
+    return false;
+}
+
+/* Before a sleep.  Return when it began; 0 if there is nothing to learn from it. */
 int64_t spin_begin(int device)
 {
     if (spin.pointless || atomic_flag_test_and_set(&spin.taken))
         return 0;
-    struct pollfd request = {.fd = device, .events = POLLIN};
-    int64_t begin = now(), window = atomic_load(&spin.window);
-    bool there = false;
-    for (int64_t last = begin, time = begin; !there && time - begin < window; last = time) {
-        there = poll(&request, 1, 0) != 0;
-        time = now();
-        if (time - last > TAKEN_AWAY)
-            window = 0;
-    }
-    if (!window)
-        atomic_store(&spin.window, 0);
+    int64_t begin = now();
+    bool there = look(device, begin);
     atomic_flag_clear(&spin.taken);
     return there ? 0 : begin;
 }
 
-/* After a sleep that has ended with a request: learn from it. */
+static int longer(void)
+{
+    if (spin.window && ++spin.vain > PATIENCE) {
+        /* Who makes the requests seems to wait for the processor on which we look. */
+        spin.vain = 0;
+        spin.pause = PAUSE;
+        return 0;
+    }
+    return spin.window < SHORTEST ? SHORTEST : 2 * spin.window > LONGEST ? LONGEST : 2 * spin.window;
+}
+
+/* After a sleep, which has ended with a request: learn from it. */
 void spin_end(int64_t begin)
 {
-    if (!begin)
+    int64_t slept = begin ? now() - begin : 0;
+    if (slept <= AT_ONCE || atomic_flag_test_and_set(&spin.taken))
         return;
-    int64_t window = atomic_load(&spin.window);
-    if (now() - begin > SOON)
-        window /= 2;
+    if (spin.pause)
+        spin.pause--;
+    else if (slept <= SOON)
+        spin.window = longer();
     else
-        window = window < SHORTEST ? SHORTEST : 2 * window;
-    atomic_store(&spin.window, window < SHORTEST ? 0 : window > LONGEST ? LONGEST : window);
+        spin.window = spin.window / 2 < SHORTEST ? 0 : spin.window / 2;
+    atomic_flag_clear(&spin.taken);
 }
