@@ -58,7 +58,8 @@ class OpenOperations(WriteRights):
         return await self._open(self.nodes.get(inode), flags, ctx, effect.unique)
 
     async def _open(self, node: Node, flags: int, ctx: RequestContext, unique: int) -> FileInfo:
-        clears_suid = self.clears_suid()
+        # Without the kernel module a truncation by an open does not say so.
+        clears_suid = self.clears_suid() or bool(self.negotiated is None and flags & os.O_TRUNC and ctx.uid)
         right = await self._right_to_open(node, flags, ctx)
         async with AsyncExitStack() as undo:
             undo.push_async_callback(self._give_up, right)

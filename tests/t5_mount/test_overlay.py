@@ -307,6 +307,30 @@ def test_a_full_disk_is_the_callers_error_and_leaves_no_lock(host: Host, storage
         wait_until(lambda: not host.processes())  # lockd lets go of the storage, too
 
 
+def test_a_frozen_storage_holds_up_only_who_changes_something(host: Host, storage: Path, tmp_path: Path) -> None:
+    with filesystem(storage, tmp_path / "disk", "ext4", 64):
+        mount = host.mount(storage, tmp_path / "mnt", "data=gated")
+        with Actor() as writer, Actor() as toucher, Actor() as other:
+            fd = writer.call("open", mount / "image", os.O_WRONLY | os.O_CREAT)
+            writer.call("write", fd, "x" * 4096, 0)
+            (mount / "touched").touch()
+            subprocess.run(["fsfreeze", "--freeze", storage], check=True)
+            try:
+                writer.ask("write", fd, "y" * 4096, 0)
+                toucher.ask("utime", mount / "touched")
+                for _ in range(50):
+                    assert (other.call("stat", mount / "image"), other.call("cat", mount / "touched")) == (4096, "")
+                    time.sleep(0.005)
+                assert not any(actor.answered() for actor in (writer, toucher))
+            finally:
+                subprocess.run(["fsfreeze", "--unfreeze", storage], check=True)
+            assert (writer.answer(), toucher.answer()) == (4096, None)
+            assert other.call("cat", mount / "image") == "y" * 4096
+            writer.call("close", fd)
+        mount.umount()
+        wait_until(lambda: not host.processes())
+
+
 @pytest.mark.parametrize("data", ["passthrough", "gated"])
 def test_a_quota_is_the_callers_error_and_leaves_no_lock(host: Host, storage: Path, tmp_path: Path, data: str) -> None:
     with filesystem(storage, tmp_path / "disk", "btrfs", 128):
