@@ -9,7 +9,8 @@ import errno
 import os
 from typing import cast
 
-from lockfs.fs.base import replies
+from lockfs import text
+from lockfs.fs.base import log, replies
 from lockfs.fs.handles import FileHandle
 from lockfs.fs.journal.effects import Effect
 from lockfs.fs.work import DAEMON
@@ -104,12 +105,18 @@ class FileOperations(WriteRights):
         fds = [handle.fd] if handle.direct < 0 else [handle.direct, handle.fd]
         removed = not self.work.remote and os.fstat(handle.fd).st_nlink == 0
         for fd in fds:
-            if self.work.remote:
-                await self.work.sync(os.close, fd)
-            elif removed:
-                self.work.close(fd)
-            else:
-                os.close(fd)
+            try:
+                if self.work.remote:
+                    await self.work.sync(os.close, fd)
+                elif removed:
+                    self.work.close(fd)
+                else:
+                    os.close(fd)
+            except OSError as error:
+                # Whoever had it open has heard of it at its own close, if it looked, and hears nothing of this one; and
+                # the image is to be given back all the same.
+                path = text.from_bytes(handle.node.path())
+                log.warning("%s: what was written may not be on the storage: close: %s", path, error.strerror)
 
 
 def _read(path_fd: int, offset: int, size: int) -> bytes:

@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 from harness import processes
 from harness.actor import Actor
+from harness.faulty import Faulty
 from harness.host import Host, Mount
+from harness.logs import Expected
 
 from lockfs.linux import mount as mounts
 
@@ -329,6 +331,41 @@ def test_a_frozen_storage_holds_up_only_who_changes_something(host: Host, storag
             writer.call("close", fd)
         mount.umount()
         wait_until(lambda: not host.processes())
+
+
+@pytest.fixture
+def server(storage: Path, tmp_path: Path, leaves_nothing: None) -> Iterator[Faulty]:
+    """A file server with `storage`."""
+    made = Faulty(storage, tmp_path / "path")
+    yield made
+    made.close()
+
+
+def opened(pid: int, name: str) -> list[int]:
+    """Return the descriptors of a process that keep a file open, by the end of its path."""
+    found = [fd for fd, path in processes.descriptors(pid).items() if path.endswith(name)]
+    flags = [Path(f"/proc/{pid}/fdinfo/{fd}").read_text().split()[3] for fd in found]
+    return [fd for fd, each in zip(found, flags, strict=True) if not int(each, 8) & os.O_PATH]
+
+
+def test_an_error_of_the_last_close_is_told_and_keeps_nothing(
+    server: Faulty, host: Host, storage: Path, tmp_path: Path, expect_log: Expected
+) -> None:
+    expect_log("image: what was written may not be on the storage: close: No space left on device")
+    mount = host.mount(server.path, tmp_path / "mnt", "data=gated")
+    with Actor() as writer, Actor() as next_one:
+        for flags in (os.O_RDWR | os.O_CREAT, os.O_RDWR | os.O_DIRECT):
+            fd = writer.call("open", mount / "image", flags)
+            writer.call("write", fd, "x", 0)
+            server.be("full")
+            assert writer.result("close", fd) == "ENOSPC"
+            wait_until(lambda: host.locks() == [])
+            wait_until(lambda: not opened(mount.daemon(), "/image"))
+            server.be("fine")
+            fd = next_one.call("open", mount / "image", os.O_RDWR)
+            next_one.call("close", fd)
+    assert (storage / "image").read_text() == "x"
+    mount.umount()
 
 
 @pytest.mark.parametrize("data", ["passthrough", "gated"])
