@@ -73,6 +73,14 @@ void queue_add(struct queue *queue, struct message *message);
 struct message *queue_take(struct queue *queue);
 void queue_discard(struct message *message);
 
+/* inbox.c */
+int inbox_open(void); /* 0, or an errno */
+void inbox_close(void);
+int inbox_event(void);
+void inbox_put(struct message *message);
+void inbox_end(int error);
+ssize_t inbox_take(void **bytes);
+
 /* spin.c: of the threads that read */
 void spin_prepare(void);
 int64_t spin_begin(int device);
@@ -81,7 +89,6 @@ void spin_end(int64_t begin);
 /* readers.c */
 int readers_start(int fd); /* 0, or an errno */
 bool readers_stop(void); /* whether all threads have ended */
-int readers_event(void);
 void readers_look_around(void);
 ssize_t readers_take(void **bytes);
 
