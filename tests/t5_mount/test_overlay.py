@@ -262,6 +262,27 @@ def test_two_mounts_see_each_other_at_once(two: tuple[Mount, Mount]) -> None:
     assert not (a / "renamed").exists()
 
 
+def test_an_open_sees_what_was_written_and_an_open_file_soon(
+    host: Host, host_b: Host, storage: Path, tmp_path: Path
+) -> None:
+    """Through the daemon, where the kernel trusts for a moment what it knows of an image that has not changed lately."""
+    a, b = (each.mount(storage, tmp_path / each.name, "data=gated") for each in (host, host_b))
+    names = [f"image{number}" for number in range(10)]
+    for name in names:
+        (a / name).write_text("old")
+    time.sleep(1.1)  # so long ago is not lately
+    with Actor() as reader, Actor() as writer, Actor() as third:
+        for name in names:
+            open_file = reader.call("open", a / name, os.O_RDONLY)
+            written = writer.call("open", b / name, os.O_RDWR)
+            for content in ("old, and longer", "new, and longer"):
+                assert reader.call("read", open_file, 100, 0)[:3] == "old"
+                writer.call("write", written, content, 0)
+                assert third.call("cat", a / name) == content
+                wait_until(lambda open_file=open_file, content=content: reader.call("read", open_file, 100, 0) == content)
+            writer.call("close", written)
+
+
 def test_the_size_of_a_held_image_is_true_after_it_changed_hands(two: tuple[Mount, Mount]) -> None:
     a, b = two
     with Actor() as first, Actor() as second:
