@@ -151,9 +151,9 @@ class LeasesInUse:
             except EngineError:
                 pass
             await self.tidy(joined, held)
-            # Where it was not even opened, what could not be given back before is still there.
-            untouched = not held.area.is_open and held.name in joined.holdings.left
-            await self.end(joined, held, given_back=not held.lease.untidy and not untouched)
+            # What could not be given back before may still be there, since nobody has got as far as to find out.
+            left = held.lease.untidy or held.name in joined.holdings.left
+            await self.end(joined, held, given_back=not left)
 
     async def give_back(self, joined: Lockspace, name: str) -> None:
         """Give back on the disk what this host has there, and nobody uses.  Raises `LockUnavailable`."""

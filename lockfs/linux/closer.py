@@ -29,11 +29,13 @@ class Closer:
 
     def close(self, fds: Iterable[int]) -> None:
         """Have descriptors closed soon.  They are the closer's from here on."""
+        if not (new := list(fds)):
+            return  # as with most calls: the thread is not to be woken for nothing
         with self._changed:
-            self._fds.extend(fds)
+            self._fds.extend(new)
             if self._running:
                 self._changed.notify()
-            elif self._fds:
+            else:
                 self._running = True
                 threading.Thread(target=self._run, name=f"closer of {self._name}", daemon=True).start()
 

@@ -324,7 +324,7 @@ async def test_a_file_that_opens_after_its_area_was_closed_is_closed_at_once(pat
     await until(lambda: not trouble.waiting)
     await until(lambda: not area.lane.busy)
     assert set(os.listdir("/proc/self/fd")) == before
-    assert not area.is_open
+    assert area.identity == (0, 0)
 
 
 async def test_when_close_returns_the_file_is_closed(path: Path, trouble: Trouble) -> None:

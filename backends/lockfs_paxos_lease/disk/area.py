@@ -35,6 +35,8 @@ class _Use:
     Safe to use from all threads.
     """
 
+    __slots__ = ("_calls", "_closed", "_closing", "_file", "_lock", "_waiting", "_writes")
+
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._file: RawFile | None = None
@@ -81,8 +83,8 @@ class _Use:
         """Let no call begin any more.  Return True if the caller has to `shut` the file; else the last call does."""
         with self._lock:
             first, self._closing = not self._closing, True
-            if self._file is None:
-                self._closed = True
+            if first and self._file is None:
+                self._closed = True  # it is not open yet, and will not be
             return first and not self._calls and not self._closed
 
     def shut(self) -> None:
@@ -152,11 +154,6 @@ class AreaIO:
             await self.lane.call(self.open_now, timeout)
         except Overdue as error:
             raise IOTimeout(f"{self.where}: cannot open it: {error}") from error
-
-    @property
-    def is_open(self) -> bool:
-        """True from when its file is open until that is closed."""
-        return self._use.file is not None
 
     @property
     def identity(self) -> tuple[int, int]:
