@@ -343,6 +343,34 @@ async def test_when_close_returns_the_file_is_closed(path: Path, trouble: Troubl
         os.fstat(file.fd)
 
 
+@pytest.mark.parametrize("hangs", [True, False])
+async def test_close_waits_for_the_thread_that_closes_unless_it_hangs(
+    path: Path, trouble: Trouble, monkeypatch: pytest.MonkeyPatch, hangs: bool
+) -> None:
+    monkeypatch.setattr("lockfs_paxos_lease.disk.area.CLOSE_TIMEOUT", SOON if hangs else LATER)
+    area, well = await area_on(trouble, path), threading.Event()
+    file = area._file._below  # type: ignore[attr-defined]
+    real = file.close
+
+    def close() -> None:
+        well.wait()
+        real()
+
+    file.close = close
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(area.close)
+        await trio.testing.wait_all_tasks_blocked()
+        assert nursery.child_tasks
+        if not hangs:
+            well.set()
+    if hangs:
+        os.fstat(file.fd)
+        well.set()
+        await until(lambda: not area.lane.busy)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(file.fd)
+
+
 async def test_one_storage_that_hangs_delays_no_other(path: Path, storage: Path, trouble: Trouble) -> None:
     well = Trouble()
     hung, fine = await area_on(trouble, path, threads=2), await area_on(well, path, threads=2)
@@ -484,6 +512,28 @@ async def test_an_operation_that_a_thread_has_ended_has_its_result_also_if_it_is
             return "held"
 
         assert await driver.run(operation(), {Area.LEASE: area}) == "held"
+    await area.close()
+
+
+async def test_an_operation_settles_when_a_write_that_it_gave_up_has_ended(path: Path, trouble: Trouble) -> None:
+    area = await area_on(trouble, path)
+    trouble.hangs = lambda what, _: what == "write"
+
+    def operation() -> Operation[list[str]]:
+        seen = []
+        for action in (Write(Area.LEASE, 0, b"\x88" * SECTOR, SOON, NEVER), Settle(Area.LEASE, SOON)):
+            try:
+                yield action
+            except IOTimeout as error:
+                seen.append(str(error))
+        trouble.heal()
+        yield Settle(Area.LEASE, LATER)
+        return [*seen, (yield Read(Area.LEASE, 0, SECTOR, LATER)).hex()[:2]]
+
+    wrote, settled, there = await driver.run(operation(), {Area.LEASE: area})
+    assert "cannot write: no answer within" in wrote
+    assert "an earlier write still hangs" in settled
+    assert there == "88"
     await area.close()
 
 
