@@ -24,7 +24,7 @@ def main() -> int:
     parser.add_argument("--mutant", choices=sorted(mutants.MUTANTS), help="with this deliberate bug")
     parser.add_argument("--stop", action="store_true", help="end at the first seed that fails")
     args = parser.parse_args()
-    gc.set_threshold(200_000, 20, 100)  # there is next to nothing to be found, and much to be looked through
+    gc.freeze()
     if args.mutant:
         mutants.MUTANTS[args.mutant].apply()
     story = simulate_claims if args.claims else simulate

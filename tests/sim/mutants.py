@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from types import CodeType
 from typing import Any
 
-from lockfs_paxos_lease.engine import area, ballot, lease, membership, owner
+from lockfs_paxos_lease.engine import area, ballot, census, lease, membership, owner
 
 
 @dataclass(frozen=True)
@@ -125,6 +125,14 @@ MUTANTS = {
     "share-without-note": Mutant(
         lease.Lease._share, "replace(self._own.block, flags=RELEASED), mode)", "replace(self._own.block, flags=RELEASED), NONE)", 1,
         "a shared hold is not noted on the disk",
+    ),
+    "bound-without-horizon": Mutant(
+        census.Census.is_current, "now - self._began < self._timing.quickest * 2 / 3", "self._began > _LONG_AGO", 7,
+        "leases are read as far as host ids were in use once, however long ago that was",
+    ),
+    "no-whole-read": Mutant(
+        census.Census.is_known, "return name in self._extents", "return True", 30,
+        "leases are read as far as host ids are in use in the lockspace, though they may be older than it is",
     ),
     "believe-own-name": Mutant(
         membership.Membership.join, "self._is_ours(found, same_boot, noted)", "found.resource_name == self.name", 1641,

@@ -17,7 +17,9 @@ from lockfs_paxos_lease.engine import actions
 
 SECTOR = 512
 SECTORS = 32
-"""Sectors of each area that exist; what lies behind reads as zeros."""
+"""Sectors of each area that exist; what lies behind cannot be written."""
+HOSTS = SECTORS - 2
+"""The highest host id."""
 NEVER = float("inf")
 
 
@@ -99,6 +101,8 @@ class World:
         self.weather = weather
         self.now = 0.0
         self.areas: dict[str, bytearray] = {}
+        self._behind: dict[str, memoryview] = {}
+        """All of an area as it was made; what lies behind the sectors that exist is read from here."""
         self.watcher: Watcher | None = None
         self.trace: list[str] | None = None
         self.stalled_until = 0.0
@@ -106,6 +110,10 @@ class World:
         self.steps = 0
         self._heap: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self._count = 0
+
+    def make(self, name: str, area: bytes) -> None:
+        """Have an area on the storage."""
+        self.areas[name], self._behind[name] = bytearray(area[: SECTORS * SECTOR]), memoryview(area)
 
     # Time.
 
@@ -203,9 +211,10 @@ class World:
         self.at(self.now + (ends - self.now) * self.random.random(), self._sample_rest, task, action, ends, cut, head)
 
     def _sample_rest(self, task: Task, action: actions.Read, ends: float, cut: int, head: bytes) -> None:
-        area = self.areas[self._area(task, action.area)]
-        data = head + bytes(area[cut : action.offset + action.length])
-        self.at(ends, self._resume, task, data.ljust(action.length, b"\0"), None)
+        name, end = self._area(task, action.area), action.offset + action.length
+        area = self.areas[name]
+        data = b"".join((head, area[cut:end], self._behind[name][len(area) : end]))
+        self.at(ends, self._resume, task, data, None)
 
     def _write(self, task: Task, action: actions.Write) -> None:
         machine = task.machine

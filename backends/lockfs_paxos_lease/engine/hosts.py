@@ -64,7 +64,7 @@ class Hosts:
         self._space = space
         self._geometry = geometry
         self._timing = timing
-        self._memory = scan.Memory(geometry.sector)
+        self._memory: scan.Memory | None = None
         self._slots: dict[int, Slot] = {}
         self._confirmed: dict[int, tuple[int, int]] = {}
         self._first = 0.0
@@ -84,6 +84,10 @@ class Hosts:
             self._first = now
         self._looks += 1
         last = self._geometry.max_hosts
+        if self._memory is None:
+            number = min(len(area) // size, last) - 1
+            blank = b"" if self._is_known(area, number) else area[number * size : (number + 1) * size]
+            self._memory = scan.Memory(size, blank)
         changed = [number + 1 for number in self._memory.take(area) if number < last and self._is_known(area, number)]
         self.last_check = began
         callers: list[int] = []

@@ -14,10 +14,11 @@ _ZEROS = bytes(PIECE)
 
 
 class Memory:
-    """What the sectors of an area said when they were last seen; those that never were count as zeros."""
+    """What the sectors of an area said when they were last seen; what never was counts as *blank* sectors, or zeros."""
 
-    def __init__(self, sector_size: int) -> None:
+    def __init__(self, sector_size: int, blank: bytes = b"") -> None:
         self._size = sector_size
+        self._blank = blank * (PIECE // sector_size) if blank else _ZEROS
         self._pieces: list[bytes] = []
 
     def take(self, area: bytes) -> list[int]:
@@ -28,16 +29,18 @@ class Memory:
         pieces, size, changed = self._pieces, self._size, []
         for index, start in enumerate(range(0, len(area), PIECE)):
             if index == len(pieces):
-                pieces.append(_ZEROS)
+                pieces.append(self._blank)
             before = pieces[index]
             length = min(len(area) - start, PIECE)
             if area.startswith(before if length == PIECE else before[:length], start):
                 continue
             for part in range(0, length, PART):
                 if not area.startswith(before[part : min(part + PART, length)], start + part):
-                    for offset in range(part, min(part + PART, length), size):
-                        if not area.startswith(before[offset : offset + size], start + offset):
-                            changed.append((start + offset) // size)
+                    changed += [
+                        (start + offset) // size
+                        for offset in range(part, min(part + PART, length), size)
+                        if not area.startswith(before[offset : offset + size], start + offset)
+                    ]
             pieces[index] = area[start : start + length] + before[length:]
         return changed
 
