@@ -174,7 +174,7 @@ def drop_caches() -> None:
 
 
 def test_many_files_do_not_keep_many_descriptors(mount: Mount, storage: Path) -> None:
-    count = int(os.environ.get("LOCKFS_TEST_FILES", "20000"))
+    count = int(os.environ.get("LOCKFS_TEST_FILES", "8000"))
     (storage / "many").mkdir()
     directory = os.open(storage / "many", os.O_RDONLY)
     for number in range(count):
