@@ -120,7 +120,7 @@ def simulate_claims(seed: int, *, trace: bool = False) -> Result:
     world = World(random.getrandbits(48), weather)
     world.trace = [] if trace else None
     area, first = fresh_lockspace(GEOMETRY, SPACE, timing.stored, timing.delta_version)
-    world.make("lockspace", first + area[SECTOR:])
+    world.areas["lockspace"] = bytearray(first + area[SECTOR:])
     everybody: list[Claimant] = []
     for number in range(1, random.choice([2, 3, 5]) + 1):
         claimant = Claimant(world, number, 1 + DRIFT * (2 * random.random() - 1), timing, everybody)

@@ -11,6 +11,7 @@ from random import Random
 from lockfs_paxos_lease.engine.timing import Timing
 from lockfs_paxos_lease.format.dblock import NONE, Dblock, encode_host_sector
 from lockfs_paxos_lease.format.fresh import fresh_lease, fresh_lockspace
+from lockfs_paxos_lease.format.size import MIB
 
 from sim.checker import Checker, Violation
 from sim.reference import Reference
@@ -136,11 +137,11 @@ class Scenario:
     def _areas(self) -> None:
         timing = self.plan.timing
         area, first = fresh_lockspace(GEOMETRY, SPACE, timing.stored, timing.delta_version)
-        self.world.make("lockspace", first + area[SECTOR:])
+        self.world.areas["lockspace"] = bytearray(first + area[SECTOR:])
         self.resources = [f"image{number}" for number in range(self.plan.resources)]
         for resource in self.resources:
             lease = fresh_lease(GEOMETRY, SPACE, resource.encode(), self.plan.num_hosts, timing.lease_version)
-            self.world.make(resource, self._with_history(lease) if self.plan.history else lease)
+            self.world.areas[resource] = bytearray(self._with_history(lease) if self.plan.history else lease)
 
     def _with_history(self, lease: bytes) -> bytes:
         """Return a lease that is older than its lockspace: a host that was never there since has a proposal in it."""
@@ -163,7 +164,7 @@ class Scenario:
         self.habits.wait = random.choice([0.1, 0.7])
         if self.plan.late:
             self.habits.data_late, self.habits.data_late_for = 0.02, 3 * timing.dead_after(timing.stored)
-        self.habits.look_cost = random.choice([0, GEOMETRY.align])
+        self.habits.look_cost = random.choice([0, MIB])
         self.habits.num_hosts = random.choice([1, self.plan.num_hosts])
         for index, number in enumerate(self.numbers):
             rate, offset = 1 + DRIFT * (2 * random.random() - 1), random.random() * 1000

@@ -16,13 +16,13 @@ from lockfs_paxos_lease.engine.errors import BadArea, Clash, EngineError, Held, 
 from lockfs_paxos_lease.engine.lease import Lease, Mode
 from lockfs_paxos_lease.engine.membership import Membership
 from lockfs_paxos_lease.engine.timing import Timing
-from lockfs_paxos_lease.format.size import Geometry
 
 from sim.checker import Checker, Session
+from sim.geometry import Small
 from sim.world import Machine, World
 
 SPACE = b"simulated"
-GEOMETRY = Geometry()
+GEOMETRY = Small()
 
 
 @dataclass

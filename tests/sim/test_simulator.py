@@ -161,8 +161,8 @@ def test_sanlock_hosts_alone_share_a_lease() -> None:
     checker = Checker(world)
     world.watcher = checker
     area, first = fresh_lockspace(GEOMETRY, SPACE, 1)
-    world.make("lockspace", first + area[SECTOR:])
-    world.make("image", fresh_lease(GEOMETRY, SPACE, b"image", 2))
+    world.areas["lockspace"] = bytearray(first + area[SECTOR:])
+    world.areas["image"] = bytearray(fresh_lease(GEOMETRY, SPACE, b"image", 2))
     habits = Habits(["image"], share=0.3)
     hosts = [Reference(world, number, 1.0, 100.0, 1, habits, checker, Counts()) for number in (1, 2)]
     for host in hosts:
