@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from lockfs_paxos_lease.engine import census
 from lockfs_paxos_lease.engine.actions import Action, Area, IOTimeout, Operation, Read
 from lockfs_paxos_lease.engine.census import Census
 from lockfs_paxos_lease.engine.lease import Lease
@@ -103,6 +104,15 @@ def test_a_read_that_ends_too_late_is_made_again_as_a_whole(bench: Bench, step: 
     assert _reads(bench) == reads[step]
 
 
+def test_what_is_not_kept_of_a_lease_is_read_again(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    member = bench.joined(1)
+    lease = _used(bench, member)
+    monkeypatch.setattr(census, "LEASES", 1)
+    member.census.note(b"another", leader(bench), bytes(MIB))
+    bench.run(lease.acquire(EX))
+    assert _reads(bench) == [WHOLE, SHORT, SHORT]
+
+
 def test_a_look_that_fails_shortens_nothing(bench: Bench) -> None:
     lease = _used(bench, bench.joined(1))
     bench.failure = Failure(0, IOTimeout("no answer"), lands=False)
@@ -166,22 +176,22 @@ def test_a_record_counts_as_used_where_it_is_not_as_it_was_made(bench: Bench, ho
 
 def test_what_a_look_at_a_part_says(bench: Bench) -> None:
     bench.joined(3)
-    census = Census(SPACE, bench.geometry, bench.timing)
+    watch = Census(SPACE, bench.geometry, bench.timing)
     area = bytes(bench.areas[Area.LOCKSPACE])
-    census.take(area[: 8 * 512], 1000.0)
-    assert census.highest == 3
-    assert not census.is_current(1000.0)
-    census.take(area, 1000.0)
-    assert census.is_current(1001.3)
-    census.take(area, 999.0)
-    assert census.is_current(1001.3), "looks may overtake each other"
-    assert not census.is_current(1001.4)
+    watch.take(area[: 8 * 512], 1000.0)
+    assert watch.highest == 3
+    assert not watch.is_current(1000.0)
+    watch.take(area, 1000.0)
+    assert watch.is_current(1001.3)
+    watch.take(area, 999.0)
+    assert watch.is_current(1001.3), "looks may overtake each other"
+    assert not watch.is_current(1001.4)
     half = bytearray(area)
     half[1999 * 512] ^= 1
-    census.take(bytes(half), 1001.0)
-    assert census.highest == 2000, "a damaged record"
-    census.take(area, 1002.0)
-    assert census.highest == 2000, "it never falls"
+    watch.take(bytes(half), 1001.0)
+    assert watch.highest == 2000, "a damaged record"
+    watch.take(area, 1002.0)
+    assert watch.highest == 2000, "it never falls"
 
 
 def test_nobody_is_quicker_than_what_is_relied_on() -> None:

@@ -68,7 +68,7 @@ class LeaseArea:
     def read_ballot(self, num_hosts: int) -> Operation[bytes]:
         """Return what a ballot looks at, after `read_used`: all host sectors that can say anything."""
         census = self._census
-        if census.is_current(self.membership.clock()):
+        if census.is_known(self.name) and census.is_current(self.membership.clock()):
             bound = census.bound(self.name, num_hosts, self.membership.host_id)
             area = yield from self._read(0, census.length(bound, num_hosts), Code.DBLOCK_READ, "ballot blocks")
             if self._is_enough(bound, num_hosts):
@@ -78,8 +78,9 @@ class LeaseArea:
     def _is_enough(self, bound: int, num_hosts: int) -> bool:
         """Say whether a read that has ended now, up to host id *bound*, has shown all that there can be."""
         census = self._census
-        return bound == num_hosts or (
-            census.is_current(self.membership.clock())
+        return bound >= num_hosts or (
+            census.is_known(self.name)
+            and census.is_current(self.membership.clock())
             and census.bound(self.name, num_hosts, self.membership.host_id) <= bound
         )
 
