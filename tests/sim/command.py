@@ -53,7 +53,7 @@ def main() -> int:
         f"{total.seconds / took:.0f} cluster-seconds per second\n"
         f"{total.grants} grants, {total.takeovers} takeovers, {total.refused} refusals, {total.joins} joins, "
         f"{total.resumes} resumed, {total.lost} leases lost, {total.crashes} crashes ({total.confirmed} confirmed), {total.data} data writes "
-        f"({total.late} late), {total.probes} probes, {total.steps} steps"
+        f"({total.late} late), {total.retired} retired, {total.probes} probes, {total.steps} steps"
     )
     return 1 if failures else 0
 
@@ -66,7 +66,7 @@ def _tell(done: int, failures: int, began: float) -> None:
 
 def _report(result: Result, total: Result, args: argparse.Namespace) -> int:
     for name in ("seconds", "grants", "takeovers", "data", "late", "joins", "resumes", "lost", "crashes", "confirmed", "refused",
-                 "probes", "steps"):  # fmt: skip
+                 "retired", "probes", "steps"):  # fmt: skip
         setattr(total, name, getattr(total, name) + getattr(result, name))
     for line in result.trace:
         print(line)

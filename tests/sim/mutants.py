@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from types import CodeType
 from typing import Any
 
-from lockfs_paxos_lease.engine import area, ballot, census, lease, membership, owner
+from lockfs_paxos_lease.engine import area, ballot, census, lease, membership, own, owner
 
 
 @dataclass(frozen=True)
@@ -121,6 +121,10 @@ MUTANTS = {
     "trust-leader": Mutant(
         lease.Lease._win, "behind = seen.version > cur.lver + 1", "behind, seen.version = False, cur.lver + 1", 21,
         "a leader that a late write has set back is believed",
+    ),
+    "retire-nothing": Mutant(
+        own.Own.clear_leader, "magic=CLEARED_MAGIC", "lver=self.leader.lver", 0,
+        "who retires a lease only gives it back",
     ),
     "share-without-note": Mutant(
         lease.Lease._share, "replace(self._own.block, flags=RELEASED), mode)", "replace(self._own.block, flags=RELEASED), NONE)", 1,

@@ -68,6 +68,7 @@ class Result:
     crashes: int = 0
     confirmed: int = 0
     refused: int = 0
+    retired: int = 0
     probes: int = 0
     mixed: bool = False
     trace: list[str] = field(default_factory=list)
@@ -165,6 +166,10 @@ class Scenario:
         if self.plan.late:
             self.habits.data_late, self.habits.data_late_for = 0.02, 3 * timing.dead_after(timing.stored)
         self.habits.look_cost = random.choice([0, MIB])
+        weather = self.plan.weather
+        if not (self.plan.faults or self.plan.references or weather.slow or weather.hiccup or weather.write_error):
+            # Where no write comes late or fails: one that does could make a good leader of what was retired.
+            self.habits.retire = 0.1 * (self.seed % 2)
         self.habits.num_hosts = random.choice([1, self.plan.num_hosts])
         for index, number in enumerate(self.numbers):
             rate, offset = 1 + DRIFT * (2 * random.random() - 1), random.random() * 1000
@@ -299,5 +304,5 @@ def _simulate(seed: int, trace: bool) -> Result:
     return Result(
         seed, failure, world.now, hosts, time.perf_counter() - began, world.steps, checker.grants, checker.takeovers,
         checker.data, checker.late, counts.joins, counts.resumes, counts.lost, counts.crashes, counts.confirmed, counts.refused,
-        counts.probes, bool(scenario.references), world.trace or [],
+        counts.retired, counts.probes, bool(scenario.references), world.trace or [],
     )  # fmt: skip

@@ -38,6 +38,8 @@ class Habits:
     share: float = 0.25
     convert: float = 0.2
     wait: float = 0.3
+    retire: float = 0.0
+    """Probability that a lease is retired instead of given back."""
     look_cost: int = 0
     """`Census.look_cost`: 0 has hosts look at the lockspace where that shortens any read."""
     data_latency: float = 0.01
@@ -70,6 +72,7 @@ class Counts:
     confirmed: int = 0
     refused: int = 0
     trouble: int = 0
+    retired: int = 0
     probes: int = 0
     probing: int = 0
     """Probes that go on."""
@@ -207,7 +210,7 @@ class Station(Machine):
         try:
             if adopt:
                 yield from self._take_up(resource, lease, random)
-            while self.leases.get(resource) is lease:
+            while self.leases.get(resource) is lease and resource not in self.checker.retired:
                 if self.busy:
                     yield Sleep(random.expovariate(1 / self.habits.think))
                     yield from self._use(resource, lease, random)
@@ -226,6 +229,8 @@ class Station(Machine):
                     return
             except (StorageTrouble, BadArea):
                 self.counts.trouble += 1
+            if lease.name.decode() in self.checker.retired:
+                return
             if lease.untidy:
                 again = lease.tidy
             elif lease.mode is None and what == lease.release:
@@ -306,10 +311,22 @@ class Station(Machine):
         yield from self._drain(use)
         if self.uses.get(resource) is not use:
             return
+        if self.habits.retire and lease.mode is Mode.EXCLUSIVE and random.random() < self.habits.retire:
+            yield from self._retire(resource, lease, use)
+            return
         self.checker.end(use.session)
         del self.uses[resource]
         self.world.note(f"host {self.number} gives {resource} back")
         yield from self._insist(lease, lease.release)
+
+    def _retire(self, resource: str, lease: Lease, use: Use) -> Generator[Any, Any, None]:
+        """Have nobody get it any more; where the storage is well, that succeeds."""
+        self.world.note(f"host {self.number} retires {resource}")
+        yield from lease.retire()
+        if self.uses.get(resource) is use:
+            self.checker.retire(use.session)
+            self.counts.retired += 1
+            del self.uses[resource]
 
     def _convert(self, lease: Lease, use: Use) -> Generator[Any, Any, None]:
         mode = Mode.EXCLUSIVE if lease.mode is Mode.SHARED else Mode.SHARED
@@ -437,6 +454,8 @@ class Station(Machine):
                         break  # sanlock leaves such leases behind; its next acquire gets them
                 except EngineError as error:
                     reason = str(error)
+                    if isinstance(error, BadArea) and resource in self.checker.retired:
+                        break
                 else:
                     self.counts.probes += 1
                     self.counts.probing -= 1

@@ -36,7 +36,8 @@ def _run(story: Callable[[int], Result], seeds: range) -> list[Result]:
 
 def test_seeds() -> None:
     results = _run(simulate, SEEDS)
-    for what in "grants", "takeovers", "resumes", "lost", "crashes", "confirmed", "data", "late", "probes", "refused":
+    for what in ("grants", "takeovers", "resumes", "lost", "crashes", "confirmed", "data", "late", "probes", "refused",
+                 "retired"):  # fmt: skip
         assert sum(getattr(result, what) for result in results) > 0, f"nothing came of '{what}'"
     assert any(result.mixed for result in results)
 
