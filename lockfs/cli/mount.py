@@ -178,8 +178,6 @@ def _mount(call: Call) -> None:
 def _start(call: Call, options: MountOptions, source: preflight.Place, target: preflight.Place, fsname: bytes) -> None:
     run_dir = start.run_dir()
     call.say(f"mounting {source.shown} on {target.shown}, backend {options.values['backend']}")
-    start.ensure_lockd(run_dir)
-    call.say(f"lockd runs in {run_dir}")
     request = spawn.Request(
         source=source.path,
         mountpoint=target.path,

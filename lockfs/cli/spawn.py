@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from lockfs.cli.preflight import DEAD, FSTYPE
 from lockfs.errors import EXIT_MOUNT, LockfsError, MountError
 from lockfs.linux import mount, mountinfo
+from lockfs.protocol import start
 from lockfs.text import from_bytes
 
 READY_TIMEOUT = 60.0
@@ -64,7 +65,12 @@ class Request:
 
 
 def mount_and_wait(request: Request, run_dir: str, say: Say) -> None:
-    """Start the daemon and wait until the mount serves.  Raises `LockfsError`, leaving nothing behind."""
+    """Start the daemon, and lockd if none runs, and wait until the mount serves.
+
+    Both start at the same time, which they need most of for their imports.  Raises `LockfsError`, leaving nothing
+    behind.
+    """
+    start.prepare_run_dir(run_dir)
     ready, ready_w = os.pipe()
     process = None
     try:
@@ -73,6 +79,8 @@ def mount_and_wait(request: Request, run_dir: str, say: Say) -> None:
         os.close(ready_w)
         ready_w = -1
         say(f"started the mount daemon, process {process.pid}")
+        start.ensure_lockd(run_dir)
+        say(f"lockd runs in {run_dir}")
         _wait_ready(ready, process, request, say)
         _wait_answer(request)
     except BaseException:

@@ -8,8 +8,7 @@ from pathlib import Path
 
 from harness import mounts, processes
 
-
-PATIENCE = 5.0
+PATIENCE = 2.0
 """Seconds that a thread may take which closes what nobody waits for; a leak is still there after it."""
 
 

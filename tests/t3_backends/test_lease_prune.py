@@ -20,6 +20,7 @@ from t3_backends.stations import Open, Station, station
 from lockfs.backend import Busy, Mode
 from lockfs.errors import LockUnavailable
 
+PATIENCE = 20.0
 TAKEOVER = 16.0
 LOCKFS = Path(sys.executable).with_name("lockfs")
 
@@ -71,7 +72,9 @@ async def test_the_command_removes_what_nobody_needs(host: Open, storage: Path, 
         assert there(leases) == before - {inodes["gone"]}
         assert timing_of(str(leases)) == Timing.own(TAKEOVER)
         await a.release(grant)
-        assert [each.state for each in await a.backend.hosts()].count("live") == 1
+        with trio.fail_after(PATIENCE):  # until it has seen that the command has left the lockspace
+            while [each.state for each in await a.backend.hosts()].count("live") != 1:
+                await trio.sleep(0.05)
         left = [inodes["removed while it is held"]]
         assert (await prune(leases, unneeded(os.fsencode(storage), str(leases)))).removed == left
     assert unneeded(os.fsencode(storage), str(leases)) == []

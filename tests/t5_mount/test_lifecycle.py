@@ -148,7 +148,7 @@ sys.stdin.read()
 def test_unmounting_while_closes_are_under_way(host: Host, storage: Path, tmp_path: Path, options: str) -> None:
     for number in range(2000):
         (storage / str(number)).touch()
-    for _ in range(3):
+    for _ in range(2):
         mount = host.mount(storage, tmp_path / "mnt", options)
         command = [sys.executable, "-S", "-E", "-c", HOARDER, mount]
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as hoarder:

@@ -16,7 +16,7 @@ from harness.waiting import wait_until
 
 SECONDS = {
     backend: float(os.environ.get("LOCKFS_HAMMER_SECONDS", default))
-    for backend, default in (("fcntl-lockd", "60"), ("paxos-lease", "10"))
+    for backend, default in (("fcntl-lockd", "30"), ("paxos-lease", "10"))
 }
 """For how long; a lock of leases is hammered without mounts, too, by the simulator."""
 GRACE = {"fcntl-lockd": 0.1, "paxos-lease": 5.0}

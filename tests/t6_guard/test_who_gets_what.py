@@ -40,7 +40,7 @@ def scene(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     storage = base / "storage"
     storage.mkdir()
     hosts = [Host(name, tmp_path_factory.mktemp("h")) for name in ("host-a", "host-b")]
-    options = f"wait=0.2,data={request.param}"
+    options = f"wait=0.05,data={request.param}"
     try:
         yield Scene(
             storage,

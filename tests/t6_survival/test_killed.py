@@ -23,6 +23,7 @@ from harness.logs import Expected
 from harness.waiting import wait_until
 from t6_survival.successors import PATIENCE, kill, told
 
+pytestmark = pytest.mark.usefixtures("succession")
 ROUNDS = int(os.environ.get("LOCKFS_ROUNDS", "8"))
 ROUNDS_OF_BOTH = int(os.environ.get("LOCKFS_ROUNDS", "3"))
 SEED = int(os.environ.get("LOCKFS_SEED", "7"))

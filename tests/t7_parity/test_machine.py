@@ -28,7 +28,7 @@ from hypothesis.stateful import (
 from t7_parity import snapshot, syscalls
 from t7_parity.record import comparable
 
-EXAMPLES = int(os.environ.get("LOCKFS_EXAMPLES", "120"))
+EXAMPLES = int(os.environ.get("LOCKFS_EXAMPLES", "70"))
 STEPS = 40
 
 NAMES = st.sampled_from(["a", "b", "c", "d", "d/a", "d/b", "d/e", "d/e/a", "missing/a"])
