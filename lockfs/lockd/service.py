@@ -117,6 +117,7 @@ class Service:
                 return await self._register(client, request, fds)
             case messages.Attach():
                 self._attach(client, request, fds)
+                await self._shares.secure(self._shares.get(request.mount_id, client.pid))
                 return Answer(messages.Attached())
             case messages.Detach():
                 return Answer(messages.Detached(self._shares.detach(self._shares.get(request.mount_id, client.pid))))

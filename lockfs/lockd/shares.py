@@ -174,6 +174,11 @@ class Shares:
                 mounted.is_whole()
             self._nursery.start_soon(watch, mounted, mounted.attachment)
 
+    async def secure(self, mounted: Mounted) -> None:
+        """Have the vault keep what is kept of a mount that has just been attached, before it serves."""
+        if mounted.kept and RESTARTS:
+            await self._vault.begun()
+
     async def revive(self, claim: Claim) -> bool:
         """Go on with a mount of the last lockd whose daemon has died, too, if the vault has kept what that takes.
 

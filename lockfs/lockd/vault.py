@@ -60,6 +60,7 @@ class Vault:
         self._closers: dict[str, Closer] = {}
         self._children: list[int] = []
         self._ending, self._ended = False, trio.Event()
+        self._wanted, self._ready = trio.Event(), trio.Event()
         self.inherited: dict[str, list[int]] = {}
         """What the last lockd had, and nobody has taken up or dropped yet."""
 
@@ -139,6 +140,12 @@ class Vault:
         self._queue.append((message, [os.dup(fd) for fd in fds]))
         self._queued.set()
 
+    async def begun(self) -> None:
+        """Return when there is a vault, which is started now if there is none; or if that takes too long."""
+        self._wanted.set()
+        with trio.move_on_after(ANSWER_TIMEOUT):
+            await self._ready.wait()
+
     def _give_up(self) -> None:
         """Have `keep` notice that the vault does not know all: the next one is filled with it."""
         try:
@@ -148,12 +155,11 @@ class Vault:
             pass  # it has ended
 
     async def open(self) -> None:
-        """Find the vault, and take what is there; or start one.  Never fails: without it all is as it would be."""
+        """Find the vault, and take what is there.  Never fails: without it all is as it would be."""
         try:
             sock = self._connect()
         except OSError:
-            await self._begin(())
-            return
+            return  # there is none before there is a mount
         with trio.move_on_after(ANSWER_TIMEOUT):
             version = await self._take_all(sock)
             if version == lockfs.__version__:
@@ -161,7 +167,7 @@ class Vault:
                 return
             log.info("the vault is of version %s, and is replaced", version)
         sock.close()
-        await self._begin(sorted(self.inherited.items(), key=lambda kept: kept[0].startswith("whole/")))
+        await self._begin(lambda: sorted(self.inherited.items(), key=lambda kept: kept[0].startswith("whole/")))
 
     def _connect(self) -> socket.socket:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
@@ -193,6 +199,8 @@ class Vault:
     def _greet(self, sock: socket.socket) -> None:
         """Tell how the next lockd is started; from now on all is said to this one."""
         self._socket, self._unheard = sock, 0
+        self._wanted.set()
+        self._ready.set()
         command = [sys.executable, "-P", "-m", "lockfs.lockd", "--run-dir", self._run_dir]
         recipe = {
             "command": [*command, "--idle-exit", self._idle_exit, "--ready-fd"],
@@ -204,15 +212,15 @@ class Vault:
         }
         self._say([Item(wire.START, 0, json.dumps(recipe))])
 
-    async def _begin(self, kept: Iterable[Kept]) -> None:
-        """Start one that keeps *kept*."""
+    async def _begin(self, everything: Callable[[], Iterable[Kept]]) -> None:
+        """Start one that is given *everything*."""
         try:
             sock = await trio.to_thread.run_sync(self._spawn)
         except OSError as error:
             log.error("there is no vault, so mounts end if lockd and their daemon die at once: %s", error)
             return
         self._greet(sock)
-        for key, fds in kept:
+        for key, fds in everything():
             self._say([Item(wire.PUT, len(fds), key)], fds)
 
     def _spawn(self) -> socket.socket:
@@ -242,6 +250,7 @@ class Vault:
 
     async def keep(self, everything: Callable[[], Iterable[Kept]]) -> None:
         """Look after the vault until cancelled; one that is started anew is given *everything*."""
+        await self._wanted.wait()
         while True:
             if self._socket is not None:
                 await self._attend(self._socket)
@@ -251,9 +260,9 @@ class Vault:
                     self._ended.set()
                     return
                 log.warning("the vault has ended; another one is started")
-            else:
+            await self._begin(everything)
+            if self._socket is None:
                 await trio.sleep(RETRY)
-            await self._begin(everything())
 
     async def _attend(self, sock: socket.socket) -> None:
         """Return when the vault has ended."""
@@ -334,7 +343,7 @@ class Vault:
         """Hang up; the vault goes on, unless it was told to end."""
         if self._socket is not None:
             self._socket.close()
-            self._socket = None
+            self._socket, self._ready = None, trio.Event()
         for _, fds in self._queue:
             close_all(fds)
         self._queue.clear()

@@ -51,6 +51,7 @@ async def lockd(run_dir: Path, everything: Callable[[], list[tuple[str, list[int
     try:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(vault.keep, everything)
+            await vault.begun()
             yield vault
             nursery.cancel_scope.cancel()
     finally:
