@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from lockfs.steps import step
 
-FIRST_PAUSE, LAST_PAUSE = 0.1, 5.0
+FIRST_PAUSE, LAST_PAUSE = 0.03, 5.0
 """Seconds before the first try, in which a mount that lives starts one; and most seconds before another try."""
 MANY = int(os.environ.get("LOCKFS_RESTARTS") or 10) or 10
 """Tries in a row after which the pause before the next is the longest one; before the second there is hardly any."""
