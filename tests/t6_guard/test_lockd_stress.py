@@ -148,8 +148,8 @@ def test_killed_at_random_moments(
 
 
 def test_both_within_ten_milliseconds(host: Host, storage: Path, tmp_path: Path, expect_log: Expected) -> None:
-    """Whatever is left of them, an image that somebody can still write to is nobody else's."""
-    for each in ("can be written to without a lock", "is locked again", "lost the lock o[nf]", "fenced", "daemon", "lock on", "lockd is not running", "lockd closed", "lockd is gone"):
+    """Whatever is left of them, and also without the vault, an image that somebody can still write to is nobody else's."""
+    for each in ("can be written to without a lock", "is locked again", "lost the lock o[nf]", "fenced", "daemon", "lock on", "lockd is not running", "lockd closed", "lockd is gone", "lockd knows no mount", "the vault"):
         expect_log(each, optional=True)
     rng = random.Random(SEED)
     print(f"\nLOCKFS_SEED={SEED} LOCKFS_ROUNDS={ROUNDS}")
@@ -166,6 +166,8 @@ def test_both_within_ten_milliseconds(host: Host, storage: Path, tmp_path: Path,
             kill(victims[0])
             time.sleep(rng.random() * 0.01)
             kill(victims[1])
+            if turn % 2:
+                host.kill()  # the vault, too: then what both had is gone
             time.sleep(rng.choice((0.0, 0.3, 1.0)))
             assert mounts.umount(path, lazy=True) == ""
             host.mounts.remove(mount)
