@@ -88,8 +88,7 @@ def lossy(expect_log: Expected) -> None:
     expect_log("fenced .*: its handles fail")
 
 
-@both
-@pytest.mark.parametrize("step", HANDOVER)
+@pytest.mark.parametrize(("step", "data"), [*((each, "gated") for each in HANDOVER), ("handover.before-holds", "passthrough")])
 def test_what_the_vault_has_lives_on(scene: Scene, data: str, step: str) -> None:
     scene.writer.tell("nameless = os.open(top + '/nameless', os.O_RDWR | os.O_CREAT); os.write(nameless, b'x'); os.unlink(top + '/nameless')")
     scene.die(step, vault=False)

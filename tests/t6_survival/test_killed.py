@@ -25,7 +25,7 @@ from t6_survival.successors import PATIENCE, kill, told
 
 pytestmark = pytest.mark.usefixtures("succession")
 ROUNDS = int(os.environ.get("LOCKFS_ROUNDS", "8"))
-ROUNDS_OF_BOTH = int(os.environ.get("LOCKFS_ROUNDS", "3"))
+ROUNDS_OF_BOTH = int(os.environ.get("LOCKFS_ROUNDS", "2"))
 SEED = int(os.environ.get("LOCKFS_SEED", "7"))
 PROGRAM = Path(__file__).parent / "program.py"
 
