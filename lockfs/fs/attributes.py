@@ -92,7 +92,8 @@ class AttributeOperations(WriteRights):
             if fields.update_atime or fields.update_mtime:
                 atime = attr.st_atime_ns if fields.update_atime else None
                 mtime = attr.st_mtime_ns if fields.update_mtime else None
-                await self.work.short(ctx, files.utimens, fd, atime, mtime)
+                # It waits while the filesystem is frozen.
+                await self.work.long(ctx, files.utimens, fd, atime, mtime)
             status = await self.work.short(ctx, os.fstat, fd)
         return self.attributes(node, status)
 

@@ -34,7 +34,14 @@ S = TypeVar("S", bound="Base")
 HELD_SECONDS = 1
 """Seconds for which the kernel may trust attributes of an image that this mount holds exclusively.
 
-Otherwise it is 0: another mount may change a file at any time, and ``lseek(SEEK_END)`` must tell the truth.
+Otherwise it is 0: another mount may change a file at any time, and ``lseek(SEEK_END)`` must tell the truth; but for
+`READ_SECONDS`.
+"""
+READ_SECONDS = 0.01
+"""The same for an image that is open for reading only, through the daemon, while it has not changed for a second.
+
+Else each read would have to ask whether what is cached is current.  An open starts anew (`distrust`): who opens an
+image sees all that was written before.
 """
 
 
@@ -93,6 +100,15 @@ def _for_caller(error: Exception, handler: str) -> Exception:
         return pyfuse3.FUSEError(error.errno)
     log.error("%s failed", handler, exc_info=error)
     return pyfuse3.FUSEError(errno.EIO)
+
+
+def distrust(node: Node) -> None:
+    """Make the kernel ask again for the attributes of a file that others may have changed, or may change now."""
+    try:
+        pyfuse3.invalidate_inode(node.id, attr_only=True)
+    except OSError as error:
+        if error.errno != errno.ENOENT:  # it had forgotten the file
+            log.warning("cannot invalidate inode %d: %s", node.id, error)
 
 
 class Base(pyfuse3.Operations):

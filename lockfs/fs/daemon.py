@@ -18,14 +18,14 @@ import trio
 from lockfs import kernel, options, text
 from lockfs.errors import LockUnavailable, MountError
 from lockfs.fs import connection, lifetime, source, survival
-from lockfs.fs.base import Parts
+from lockfs.fs.base import Parts, distrust
 from lockfs.fs.guard import Guard
 from lockfs.fs.handles import Handles
 from lockfs.fs.journal import records
 from lockfs.fs.journal.effects import Effects
 from lockfs.fs.journal.file import Journal
 from lockfs.fs.mappings import Mappings
-from lockfs.fs.nodes import Node, NodeTable
+from lockfs.fs.nodes import NodeTable
 from lockfs.fs.operations import Operations
 from lockfs.fs.owners import Owners
 from lockfs.fs.policy import Policy
@@ -128,17 +128,8 @@ def assemble(request: Request, root: int, fstype: str, session: LockdSession) ->
     nodes = NodeTable(root, found, open_limit=min(4096, limit // 4), close=work.close, journal=journal)
     if not isinstance(found.key, bytes):
         log.info("%s has no file handles: each file that the kernel knows of keeps a descriptor open", fstype)
-    guard = Guard(nodes, work, Policy(values), session, request.mountpoint, values["key"] == "path", _distrust)
+    guard = Guard(nodes, work, Policy(values), session, request.mountpoint, values["key"] == "path", distrust)
     return Operations(Parts(nodes, work, guard, Handles(journal), Owners(values), Effects(journal)))
-
-
-def _distrust(node: Node) -> None:
-    """Make the kernel ask again for the attributes of an image that others may change from now on."""
-    try:
-        pyfuse3.invalidate_inode(node.id, attr_only=True)
-    except OSError as error:
-        if error.errno != errno.ENOENT:  # it had forgotten the file
-            log.warning("cannot invalidate inode %d: %s", node.id, error)
 
 
 async def _serve(
@@ -151,6 +142,8 @@ async def _serve(
             raise MountError(f"{text.from_bytes(request.mountpoint)} was unmounted while it was mounted")
         if request.options.values["data"] != "gated" and _can_bypass(request, operations):
             bypass(operations, fd, found.dev, nursery)
+        elif operations.gates is not None:
+            connection.read_ahead(found.dev)
         if operations.negotiated is not None:
             survival.begin_journal(request, operations, session.mount_id, found.dev)
             survival.provide_for_nameless(operations, session, nursery)

@@ -9,7 +9,8 @@ import errno
 import os
 from typing import cast
 
-from lockfs.fs.base import replies
+from lockfs import text
+from lockfs.fs.base import log, replies
 from lockfs.fs.handles import FileHandle
 from lockfs.fs.journal.effects import Effect
 from lockfs.fs.work import DAEMON
@@ -43,9 +44,8 @@ class FileOperations(WriteRights):
             await self.work.long(DAEMON, files.chown, handle.fd, -1, -1)
         if handle.flags & os.O_APPEND:
             return await self._append(handle, off, buf, effect)
-        written = 0 if handle.uncached else _write_at_once(handle.fd, off, buf)
-        if written != len(buf):
-            written = await self.work.data(_write_all, handle.fd, off, buf, written, handle.uncached)
+        # In a thread in any case: on a filesystem that is frozen even a write that is not to wait does.
+        written = await self.work.data(_write_all, handle.fd, off, buf, handle.uncached)
         effect.finish(value=written)
         return written
 
@@ -56,7 +56,7 @@ class FileOperations(WriteRights):
                 if await self.work.data(_read, fd, off, len(buf)) == buf:
                     return len(buf)
         with effect.intend(size=off):
-            written = await self.work.data(_write_all, handle.fd, off, buf, 0, handle.uncached)
+            written = await self.work.data(_write_all, handle.fd, off, buf, handle.uncached)
         effect.finish(value=written)
         return written
 
@@ -105,12 +105,18 @@ class FileOperations(WriteRights):
         fds = [handle.fd] if handle.direct < 0 else [handle.direct, handle.fd]
         removed = not self.work.remote and os.fstat(handle.fd).st_nlink == 0
         for fd in fds:
-            if self.work.remote:
-                await self.work.sync(os.close, fd)
-            elif removed:
-                self.work.close(fd)
-            else:
-                os.close(fd)
+            try:
+                if self.work.remote:
+                    await self.work.sync(os.close, fd)
+                elif removed:
+                    self.work.close(fd)
+                else:
+                    os.close(fd)
+            except OSError as error:
+                # Whoever had it open has heard of it at its own close, if it looked, and hears nothing of this one; and
+                # the image is to be given back all the same.
+                path = text.from_bytes(handle.node.path())
+                log.warning("%s: what was written may not be on the storage: close: %s", path, error.strerror)
 
 
 def _read(path_fd: int, offset: int, size: int) -> bytes:
@@ -135,16 +141,8 @@ def _read_cached(fd: int, offset: int, size: int) -> bytes | None:
     return cast(bytes, buffer)  # pyfuse3 takes any buffer
 
 
-def _write_at_once(fd: int, offset: int, data: bytes) -> int:
-    """Write what the storage takes without waiting; return how much it was."""
-    try:
-        return os.pwritev(fd, [data], offset, os.RWF_NOWAIT)
-    except OSError:
-        return 0
-
-
-def _write_all(fd: int, offset: int, data: bytes, written: int, uncached: bool) -> int:
-    view = memoryview(data)
+def _write_all(fd: int, offset: int, data: bytes, uncached: bool) -> int:
+    written, view = 0, memoryview(data)
     flags = os.RWF_DSYNC if uncached else 0
     while written < len(data):
         try:

@@ -15,7 +15,7 @@ import trio
 from pyfuse3 import EntryAttributes, FileInfo, RequestContext
 
 from lockfs.fs import source
-from lockfs.fs.base import replies
+from lockfs.fs.base import distrust, replies
 from lockfs.fs.guard import Hold
 from lockfs.fs.handles import FileHandle
 from lockfs.fs.nodes import Node
@@ -58,7 +58,8 @@ class OpenOperations(WriteRights):
         return await self._open(self.nodes.get(inode), flags, ctx, effect.unique)
 
     async def _open(self, node: Node, flags: int, ctx: RequestContext, unique: int) -> FileInfo:
-        clears_suid = self.clears_suid()
+        # Without the kernel module a truncation by an open does not say so.
+        clears_suid = self.clears_suid() or bool(self.negotiated is None and flags & os.O_TRUNC and ctx.uid)
         right = await self._right_to_open(node, flags, ctx)
         async with AsyncExitStack() as undo:
             undo.push_async_callback(self._give_up, right)
@@ -70,6 +71,8 @@ class OpenOperations(WriteRights):
                 await self._only_read_on(right, node, ctx)
             info = await self._new_handle(node, fd, passed_on, bool(flags & os.O_DIRECT), right, ctx, unique)
             undo.pop_all()
+        if self.gates is not None and not session.split(info.fh)[1]:
+            distrust(node)
         return info
 
     async def _right_to_open(self, node: Node, flags: int, ctx: RequestContext) -> _Right:

@@ -10,14 +10,14 @@ from contextlib import asynccontextmanager
 import trio
 
 from lockfs.backend import Mode
-from lockfs.fs.base import HELD_SECONDS, Base
+from lockfs.fs.base import HELD_SECONDS, READ_SECONDS, Base
 from lockfs.fs.guard import Hold
 from lockfs.fs.handles import FileHandle
 from lockfs.fs.mappings import Mappings
 from lockfs.fs.nodes import Node
 from lockfs.fs.work import DAEMON, Caller
 from lockfs.kernel.backing import Backing
-from lockfs.kernel.gates import Gates
+from lockfs.kernel.gates import NO_TRUST, Gates, Trust
 from lockfs.linux.files import proc_path
 from lockfs.protocol.messages import Owner
 
@@ -85,10 +85,16 @@ class WriteRights(Base):
         """Let the kernel module serve the data of an open file."""
         if self.gates is None or handle.fd < 0 or handle.manager is not None or handle.flags & os.O_APPEND:
             return  # where writes append, one that is sent again must not be carried out again
-        hold = handle.hold if handle.writable else None
-        # As long as the file is open the image is held, and nobody else can change it.
-        trust = HELD_SECONDS if hold is not None and hold.mode is Mode.EXCLUSIVE else 0
-        self.gates.add(handle.number, handle.fd, handle.direct, guarded=hold is not None, trust=trust)
+        guarded = handle.writable and handle.hold is not None
+        self.gates.add(handle.number, handle.fd, handle.direct, guarded=guarded, trust=self._trust(handle))
+
+    def _trust(self, handle: FileHandle) -> Trust:
+        if handle.hold is not None and (handle.hold.mode is Mode.EXCLUSIVE or not handle.writable):
+            # As long as the file is open the image is held, if only by a reader, and nobody else can change it.
+            return Trust(HELD_SECONDS)
+        if handle.writable or self.guard.policy.writer(handle.node.path()) is Mode.SHARED:
+            return NO_TRUST  # whoever shares an image with other writers has ways of its own to know when it changes
+        return Trust(READ_SECONDS, calm_only=True)
 
     def fence(self, nodes: Collection[int]) -> None:
         """Serve nothing more of nodes whose inodes the kernel is to declare bad."""

@@ -39,12 +39,12 @@ def reply(unique: int, error: int, data: bytes, /) -> None:
     writev(2) on the device says.
     """
 
-def add(number: int, fd: int, direct: int, guarded: bool, trust: int, /) -> None:
+def add(number: int, fd: int, direct: int, guarded: bool, trust: int, calm_only: bool, /) -> None:
     """Serve reads, writes, syncs and attributes of an open file without Python.
 
     Its descriptors stay open until `remove`.  *direct* is the file opened with O_DIRECT, for requests that ask for it;
-    or -1.  Writes of a *guarded* file heed the deadline.  The kernel may trust attributes for *trust* seconds.  Raises
-    OSError: EEXIST, ENOMEM.
+    or -1.  Writes of a *guarded* file heed the deadline.  The kernel may trust attributes for *trust*
+    nanoseconds; with *calm_only* not if the file has changed within the last second.  Raises OSError: EEXIST, ENOMEM.
     """
 
 def shut(number: int, /) -> bool:

@@ -22,12 +22,14 @@
 #include <unistd.h>
 
 #define SECTOR 512 /* the least alignment that any storage takes for O_DIRECT */
+#define LATELY 1         /* s; clocks of other hosts may differ from ours, so it is a hint, no more */
 #define LATE_PAUSE 5000000L /* ns between two looks whether a late lock was renewed */
 
 struct file {
     int fd, direct; /* direct: the same file with O_DIRECT, or -1 */
     bool guarded;      /* writes need a lock that is not late */
-    uint32_t trust;    /* seconds for which attributes may be trusted */
+    uint64_t trust;    /* ns for which attributes may be trusted, and with them what the kernel has cached */
+    bool calm_only;    /* but not at all where the file has changed lately */
     atomic_bool open;  /* the gate */
     atomic_uint users; /* the table, and each request under way */
 };
@@ -82,12 +84,12 @@ static bool make_room(uint32_t number)
     return true;
 }
 
-int gate_add(uint32_t number, int fd, int direct, bool guarded, uint32_t trust)
+int gate_add(uint32_t number, int fd, int direct, bool guarded, uint64_t trust, bool calm_only)
 {
     struct file *file = calloc(1, sizeof *file);
     if (!file)
         return ENOMEM;
-    *file = (struct file){.fd = fd, .direct = direct, .guarded = guarded, .trust = trust};
+    *file = (struct file){.fd = fd, .direct = direct, .guarded = guarded, .trust = trust, .calm_only = calm_only};
     atomic_init(&file->open, true);
     atomic_init(&file->users, 1);
     pthread_mutex_lock(&table.lock);
@@ -146,23 +148,23 @@ int gate_heed(int fd)
     return 0;
 }
 
-static int64_t now(void)
+static int64_t now(clockid_t clock)
 {
     struct timespec time;
-    clock_gettime(CLOCK_BOOTTIME, &time);
+    clock_gettime(clock, &time);
     return time.tv_sec * INT64_C(1000000000) + time.tv_nsec;
 }
 
 static bool is_late(const struct file *file)
 {
     struct deadline *page = file->guarded ? atomic_load(&deadline) : NULL;
-    return page && now() >= atomic_load(&page->late);
+    return page && now(CLOCK_BOOTTIME) >= atomic_load(&page->late);
 }
 
 static bool is_lost(void)
 {
     struct deadline *page = atomic_load(&deadline);
-    return page && now() >= atomic_load(&page->lost);
+    return page && now(CLOCK_BOOTTIME) >= atomic_load(&page->lost);
 }
 
 /* Whether this moment is one to write.  Waits while a late lock may still be renewed. */
@@ -275,20 +277,29 @@ static uint32_t encode(dev_t dev)
     return (minor(dev) & 0xff) | major(dev) << 8 | (minor(dev) & ~0xffu) << 12;
 }
 
+static bool is_calm(const struct stat *s)
+{
+    const struct timespec *change = s->st_mtim.tv_sec > s->st_ctim.tv_sec ? &s->st_mtim : &s->st_ctim;
+    int64_t changed = change->tv_sec * INT64_C(1000000000) + change->tv_nsec;
+    return now(CLOCK_REALTIME) - changed > LATELY * INT64_C(1000000000);
+}
+
 static void get_attributes(int device, struct file *file, const struct request *request)
 {
     struct stat s;
     struct attr_out out = {0};
     int failed = fstat(file->fd, &s);
-    if (!failed)
+    if (!failed) {
+        uint64_t trust = file->calm_only && !is_calm(&s) ? 0 : file->trust;
         out = (struct attr_out){
-            .valid = file->trust, .ino = request->in->nodeid, .size = (uint64_t)s.st_size,
+            .valid = trust / 1000000000, .valid_nsec = (uint32_t)(trust % 1000000000), .ino = request->in->nodeid, .size = (uint64_t)s.st_size,
             .blocks = (uint64_t)s.st_blocks, .atime = (uint64_t)s.st_atim.tv_sec, .mtime = (uint64_t)s.st_mtim.tv_sec,
             .ctime = (uint64_t)s.st_ctim.tv_sec, .atime_nsec = (uint32_t)s.st_atim.tv_nsec,
             .mtime_nsec = (uint32_t)s.st_mtim.tv_nsec, .ctime_nsec = (uint32_t)s.st_ctim.tv_nsec, .mode = s.st_mode,
             .nlink = (uint32_t)s.st_nlink, .uid = s.st_uid, .gid = s.st_gid, .rdev = encode(s.st_rdev),
             .blksize = (uint32_t)s.st_blksize,
         };
+    }
     int error = failed ? -errno : 0;
     let_go(file);
     reply(device, request->in->unique, error, &out, sizeof out);

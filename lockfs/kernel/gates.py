@@ -7,19 +7,35 @@ late, or set-id bits are to be cleared, they come to the handlers of Operations 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Trust:
+    """For how long the kernel may trust attributes of a file, and, as long, what it has cached of its data.
+
+    With `calm_only` not at all while the file has changed within the last second.
+    """
+
+    seconds: float
+    calm_only: bool = False
+
+
+NO_TRUST = Trust(0)
+
 
 class Gates:
     """The gates of the session of this process, which must have begun."""
 
-    def add(self, number: int, fd: int, direct: int = -1, *, guarded: bool, trust: int = 0) -> None:
+    def add(self, number: int, fd: int, direct: int = -1, *, guarded: bool, trust: Trust = NO_TRUST) -> None:
         """Open a gate for an open file.
 
         *fd* serves its data, and *direct*, if there is one, what is aligned and asked for with O_DIRECT.  Both must
-        stay open until `remove`.  The kernel may trust attributes for *trust* seconds.  Raises OSError.
+        stay open until `remove`.  Raises OSError.
         """
         from lockfs.kernel import _shim
 
-        _shim.add(number, fd, direct, guarded, trust)
+        _shim.add(number, fd, direct, guarded, round(trust.seconds * 1e9), trust.calm_only)
 
     def shut(self, number: int) -> None:
         """Shut a gate for good."""

@@ -104,11 +104,12 @@ static PyObject *errno_or_none(int error)
 static PyObject *module_add(PyObject *self, PyObject *args)
 {
     (void)self;
-    unsigned int number, trust;
-    int fd, direct, guarded;
-    if (!PyArg_ParseTuple(args, "IiipI", &number, &fd, &direct, &guarded, &trust))
+    unsigned int number;
+    int fd, direct, guarded, calm_only;
+    unsigned long long trust;
+    if (!PyArg_ParseTuple(args, "IiipKp", &number, &fd, &direct, &guarded, &trust, &calm_only))
         return NULL;
-    return errno_or_none(gate_add(number, fd, direct, guarded, trust));
+    return errno_or_none(gate_add(number, fd, direct, guarded, trust, calm_only));
 }
 
 static PyObject *module_shut(PyObject *self, PyObject *number)

@@ -1,7 +1,7 @@
 /* The threads that read the requests.
  *
- * A request for data is carried out and answered by the thread that has read it (gate.c), any other goes to the inbox,
- * from which pyfuse3 gets it.  So data costs no switch between threads, and no wait for the GIL.
+ * A request for data is carried out and answered by the thread that has read it (gate.c), any other goes to the inbox
+ * (inbox.c), from which pyfuse3 gets it.  So data costs no switch between threads, and no wait for the GIL.
  *
  * As long as requests come one by one a single thread serves them all: the kernel wakes those that wait in turn, and
  * each time another one on another processor would cost as much as the work itself.  Another thread keeps watch, and
@@ -20,7 +20,6 @@
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/eventfd.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -37,8 +36,7 @@ static struct {
     pthread_mutex_t lock;
     pthread_cond_t call, end;
     int device; /* a descriptor of our own, so that its number is never another file's */
-    int event;  /* readable while there is something in the inbox, and when the connection has ended */
-    struct queue inbox, put_off;
+    struct queue put_off;
     pthread_t thread[MOST_THREADS];
     bool alive[MOST_THREADS];
     unsigned threads;
@@ -49,43 +47,42 @@ static struct {
     bool watch, watching; /* one of those that rest is to keep watch; one does */
     atomic_uint taken; /* requests for data, ever */
     atomic_uint crowd; /* for so many requests more, several threads wait */
-    int error;        /* the connection has ended with */
+    bool ended; /* the connection has */
     bool stop;
 } readers = {
     .lock = PTHREAD_MUTEX_INITIALIZER, .call = PTHREAD_COND_INITIALIZER, .end = PTHREAD_COND_INITIALIZER,
-    .device = -1, .event = -1, .inbox.last = &readers.inbox.first, .put_off.last = &readers.put_off.first,
+    .device = -1, .put_off.last = &readers.put_off.first,
 };
 
-/* The inbox -------------------------------------------------------------------------------------------------------- */
+/* What is read ---------------------------------------------------------------------------------------------------- */
 
-static void raise_event(void)
-{
-    uint64_t one = 1;
-    ssize_t unused = write(readers.event, &one, sizeof one);
-    (void)unused;
-}
-
-static void lower_event(void)
-{
-    uint64_t count;
-    ssize_t unused = read(readers.event, &count, sizeof count);
-    (void)unused;
-}
-
-/* Without the lock held. */
-static void put(struct queue *queue, const struct request *request)
+/* Return a copy, or answer that there is no memory for it. */
+static struct message *copy(const struct request *request)
 {
     struct message *message = queue_copy(request);
     if (!message) {
         struct out_header out = {sizeof out, -ENOMEM, request->in->unique};
         ssize_t unused = write(readers.device, &out, sizeof out);
         (void)unused;
-        return;
     }
+    return message;
+}
+
+static void give_to_pyfuse3(const struct request *request)
+{
+    struct message *message = copy(request);
+    if (message)
+        inbox_put(message);
+}
+
+/* Without the lock held. */
+static void put_off(const struct request *request)
+{
+    struct message *message = copy(request);
+    if (!message)
+        return;
     pthread_mutex_lock(&readers.lock);
-    if (queue == &readers.inbox && !queue->first)
-        raise_event();
-    queue_add(queue, message);
+    queue_add(&readers.put_off, message);
     pthread_mutex_unlock(&readers.lock);
 }
 
@@ -208,7 +205,7 @@ static void come_back(struct request *request)
         memcpy(request->in, message->bytes, request->length = message->size);
         queue_discard(message);
         if (!gate_serve(readers.device, request))
-            put(&readers.inbox, request);
+            give_to_pyfuse3(request);
         pthread_mutex_lock(&readers.lock);
     }
     readers.busy--;
@@ -234,28 +231,35 @@ static bool is_left_alone(void)
     return alone;
 }
 
-static void handle(struct request *request)
+/* Return whether that was a request for data. */
+static bool handle(struct request *request)
 {
     if (request->in->opcode == OP_INTERRUPT)
-        return; /* One that nobody answers is dropped when its request is; libfuse might have it sent for ever. */
+        return false; /* One that nobody answers is dropped when its request is; libfuse might have it sent for ever. */
     if (!gate_is_for_data(request)) {
-        put(&readers.inbox, request);
-    } else if (go_off()) {
+        give_to_pyfuse3(request);
+        return false;
+    }
+    if (go_off()) {
         if (!gate_serve(readers.device, request))
-            put(&readers.inbox, request);
+            give_to_pyfuse3(request);
         come_back(request);
     } else {
-        put(&readers.put_off, request);
+        put_off(request);
         if (is_left_alone())
             come_back(request);
     }
+    return true;
 }
 
-/* Return the length of a request, or a negative errno: the connection has ended, or we are to. */
-static ssize_t receive(struct request *request)
+/* Return the length of a request, or a negative errno: the connection has ended, or we are to.  With *soon* the next one
+ * may be on its way. */
+static ssize_t receive(struct request *request, bool soon)
 {
     while (!__atomic_load_n(&readers.stop, __ATOMIC_SEQ_CST)) {
+        int64_t begin = soon ? spin_begin(readers.device) : 0;
         ssize_t got = read(readers.device, request->in, request->room);
+        spin_end(begin);
         if (got >= (ssize_t)sizeof *request->in)
             return got;
         if (got >= 0)
@@ -284,9 +288,10 @@ static void *run(void *slot)
             .in = (struct in_header *)(block + PAGE - IO_HEADERS), .room = shim.buffer_size,
             .aligned = block + PAGE, .aligned_room = shim.buffer_size - HEADER_ROOM,
         };
-        while ((got = receive(&request)) > 0) {
+        bool soon = false;
+        while ((got = receive(&request, soon)) > 0) {
             request.length = (size_t)got;
-            handle(&request);
+            soon = handle(&request);
         }
         free(block);
     }
@@ -296,8 +301,8 @@ static void *run(void *slot)
     readers.waiting--;
     /* Without memory one thread less will do, unless it is the last. */
     if (!readers.stop && (got != -ENOMEM || readers.threads == 0)) {
-        readers.error = (int)-got;
-        raise_event();
+        readers.ended = true;
+        inbox_end((int)-got);
     }
     pthread_cond_signal(&readers.end);
     pthread_mutex_unlock(&readers.lock);
@@ -317,7 +322,8 @@ int readers_start(int fd)
     sigaction(WAKE_UP, &(struct sigaction){.sa_handler = heed_nothing}, NULL); /* ends a read(2) */
     pthread_mutex_lock(&readers.lock);
     readers.stop = false;
-    readers.error = 0;
+    readers.ended = false;
+    spin_prepare();
     int error = readers.threads ? EBUSY : 0;
     if (!error) {
         pthread_condattr_t attributes;
@@ -326,11 +332,7 @@ int readers_start(int fd)
         pthread_cond_init(&readers.call, &attributes);
         pthread_condattr_destroy(&attributes);
         readers.device = fcntl(fd, F_DUPFD_CLOEXEC, 3);
-        readers.event = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-        if (readers.device < 0 || readers.event < 0)
-            error = errno;
-        else
-            raise_event(); /* so that the first call of readers_take() comes at once */
+        error = readers.device < 0 ? errno : inbox_open();
     }
     pthread_mutex_unlock(&readers.lock);
     if (error)
@@ -357,33 +359,27 @@ bool readers_stop(void)
         until.tv_nsec %= 1000000000;
         pthread_cond_timedwait(&readers.end, &readers.lock, &until);
     }
-    for (struct message *each; (each = queue_take(&readers.inbox)) || (each = queue_take(&readers.put_off));)
+    for (struct message *each; (each = queue_take(&readers.put_off));)
         queue_discard(each);
-    if (readers.event >= 0)
-        close(readers.event);
     bool all = readers.threads == 0;
     if (all && readers.device >= 0)
         close(readers.device);
-    readers.event = -1;
     pthread_mutex_unlock(&readers.lock);
+    inbox_close();
     return all;
 }
 
 /* With the lock held.  A read(2) is to wait, and to wake one thread only. */
 static void begin(void)
 {
-    int flags = fcntl(readers.device, F_GETFL);
+    int flags = fcntl(readers.device, F_GETFL), error = 0;
     if (flags < 0 || fcntl(readers.device, F_SETFL, flags & ~O_NONBLOCK) < 0)
-        readers.error = errno;
+        error = errno;
     else if (!call())
-        readers.error = EAGAIN;
-    if (readers.error)
-        raise_event();
-}
-
-int readers_event(void)
-{
-    return readers.event;
+        error = EAGAIN;
+    readers.ended = error != 0;
+    if (error)
+        inbox_end(error);
 }
 
 /* Called by a thread that is about to answer a request for data: until then whoever has made it makes no other, so that
@@ -396,21 +392,12 @@ void readers_look_around(void)
         atomic_store(&readers.crowd, CROWD_LASTS);
 }
 
-/* Return the length of the next request for pyfuse3, whose memory becomes the caller's; 0 if there is none now, or a
- * negative errno at the end of the connection. */
+/* For pyfuse3: as inbox_take().  The first call is the beginning. */
 ssize_t readers_take(void **bytes)
 {
     pthread_mutex_lock(&readers.lock);
-    if (!readers.threads && !readers.error)
+    if (!readers.threads && !readers.ended)
         begin();
-    struct message *message = queue_take(&readers.inbox);
-    ssize_t size = message ? (ssize_t)message->size : -readers.error;
-    if (!readers.inbox.first && !readers.error)
-        lower_event();
     pthread_mutex_unlock(&readers.lock);
-    if (message) {
-        *bytes = message->bytes;
-        free(message);
-    }
-    return size;
+    return inbox_take(bytes);
 }

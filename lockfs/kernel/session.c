@@ -192,7 +192,7 @@ static int hook_mount(session *se, const char *mountpoint)
 
 static int hook_fd(session *se)
 {
-    return shim.fd < 0 ? real.fd(se) : readers_event();
+    return shim.fd < 0 ? real.fd(se) : inbox_event();
 }
 
 /* Returns the size of a request, 0 at the end, or a negative errno.  Of the errors pyfuse3 goes on only after EINTR: there

@@ -49,7 +49,7 @@ struct request {
 };
 
 /* gate.c: all may be called by any thread */
-int gate_add(uint32_t number, int fd, int direct, bool guarded, uint32_t trust); /* 0, or an errno */
+int gate_add(uint32_t number, int fd, int direct, bool guarded, uint64_t trust, bool calm_only); /* 0, or an errno */
 bool gate_shut(uint32_t number);   /* whether there is such a file */
 bool gate_remove(uint32_t number); /* whether its descriptors are the caller's again: nobody uses them */
 void gate_remove_all(void);
@@ -73,10 +73,22 @@ void queue_add(struct queue *queue, struct message *message);
 struct message *queue_take(struct queue *queue);
 void queue_discard(struct message *message);
 
+/* inbox.c */
+int inbox_open(void); /* 0, or an errno */
+void inbox_close(void);
+int inbox_event(void);
+void inbox_put(struct message *message);
+void inbox_end(int error);
+ssize_t inbox_take(void **bytes);
+
+/* spin.c: of the threads that read */
+void spin_prepare(void);
+int64_t spin_begin(int device);
+void spin_end(int64_t begin);
+
 /* readers.c */
 int readers_start(int fd); /* 0, or an errno */
 bool readers_stop(void); /* whether all threads have ended */
-int readers_event(void);
 void readers_look_around(void);
 ssize_t readers_take(void **bytes);
 

@@ -4,9 +4,9 @@ No storage is touched on the way, and no daemon is waited for that hangs.  The s
 
 * the mount daemon is told (`orders`): from then on it says that the type of the file has changed, and hands out no more
   of it; then the kernel is made to ask, and declares the inode bad;
-* a mount daemon that has not done so within `PATIENCE` is killed, and lockd answers in its place (`keeper`) what has to
-  be answered before its successor does.  The other choice would be that somebody goes on to write without a lock; a
-  daemon that hangs serves nobody anyway;
+* a mount daemon that has not done so within `PATIENCE`, or gets no further for so long, is killed, and lockd answers in
+  its place (`keeper`) what has to be answered before its successor does.  The other choice would be that somebody goes
+  on to write without a lock; a daemon that hangs serves nobody anyway;
 * who can still write by a way that no error stops is killed (`stragglers`); after a loss, on a mount with
   ``onloss=kill``, everybody who has it open for writing.
 
@@ -35,7 +35,9 @@ from lockfs.lockd.target import Target
 from lockfs.protocol.messages import Event, FencedImage, FenceResult, FenceTarget
 
 PATIENCE = 0.25
-"""Seconds in which a mount daemon must have taken note of a fence, and in which each answer of it must come."""
+"""Seconds in which a mount daemon must have taken note of one part of a fence, and each answer of it must come."""
+PATIENCE_IN_ALL = 1.0
+"""Seconds for a thousand images, or fewer, for a mount daemon that takes note of them one after another."""
 DEATH_PATIENCE = 0.2
 """Seconds for a mount daemon that was killed to be gone; one that is stuck in the storage is not."""
 DEATH_POLL = 0.002
@@ -144,7 +146,7 @@ class Fencer:
                 await self._stragglers.end(attachment, doomed, reason)
 
     async def _tell_daemon_alone(self, mounted: Mounted, targets: list[Target], reason: str) -> None:
-        obeyed = await mounted.orders.fence(_images(targets), reason, PATIENCE)
+        obeyed = await _order(mounted, targets, reason)
         for target in targets:
             target.stopped = obeyed
             if not obeyed:
@@ -154,7 +156,7 @@ class Fencer:
         self, mounted: Mounted, attachment: Attachment, targets: list[Target], reason: str
     ) -> None:
         restarts = mounted.restarts
-        if not mounted.absent and await mounted.orders.fence(_images(targets), reason, PATIENCE):
+        if not mounted.absent and await _order(mounted, targets, reason):
             await self._trigger(attachment, targets)
         if all(target.stopped for target in targets):
             return
@@ -195,6 +197,12 @@ class Fencer:
         attachment.kill_daemon()
         for target in targets:
             target.daemon_killed = True
+
+
+async def _order(mounted: Mounted, targets: Sequence[Target], reason: str) -> bool:
+    """Have the mount daemon fence; return whether it has taken note."""
+    in_all = PATIENCE_IN_ALL * max(1, len(targets) / 1000)
+    return await mounted.orders.fence(_images(targets), reason, PATIENCE, in_all)
 
 
 async def _has_died(attachment: Attachment) -> bool:

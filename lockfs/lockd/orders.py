@@ -11,8 +11,8 @@ import trio
 
 from lockfs.protocol.messages import FencedImage, Order
 
-IMAGES = 1000
-"""Images of one order: with numbers alone, a message of these is far below the limit."""
+IMAGES = 100
+"""Images of one order.  A daemon that gets little of the processor shows by each one it carries out that it lives."""
 
 
 class Orders:
@@ -42,29 +42,37 @@ class Orders:
         if (event := self._waiting.get(serial)) is not None:
             event.set()
 
-    async def fence(self, images: Sequence[FencedImage], reason: str, patience: float) -> bool:
-        """Order a fence; return whether it was carried out.  Each part of it may take *patience* seconds."""
-        for at in range(0, len(images), IMAGES):
-            if not await self._fence(list(images[at : at + IMAGES]), reason, patience):
-                return False
-        return True
+    async def fence(
+        self, images: Sequence[FencedImage], reason: str, patience: float, in_all: float = math.inf
+    ) -> bool:
+        """Order a fence; return whether it was carried out.
+
+        It is ordered in parts.  The first may take *patience* seconds, as each may after the one before, and all
+        together *in_all*.
+        """
+        parts = [list(images[at : at + IMAGES]) for at in range(0, len(images), IMAGES)]
+        with trio.move_on_after(in_all):
+            return await self._order("fence", parts, reason, patience)
+        return False
 
     async def ping(self, patience: float) -> bool:
         """Say whether the mount daemon's event loop goes round; also if there is no daemon that listens."""
-        return self._daemon is None or await self._order("ping", [], "", patience) or self._daemon is None
+        return self._daemon is None or await self._order("ping", [[]], "", patience) or self._daemon is None
 
-    async def _fence(self, images: list[FencedImage], reason: str, patience: float) -> bool:
-        return await self._order("fence", images, reason, patience)
-
-    async def _order(self, kind: str, images: list[FencedImage], reason: str, patience: float) -> bool:
+    async def _order(self, kind: str, parts: Sequence[list[FencedImage]], reason: str, patience: float) -> bool:
         if self._daemon is None:
             return False
-        serial = next(self._serial)
-        done = self._waiting[serial] = trio.Event()
+        events = {next(self._serial): trio.Event() for _ in parts}
+        self._waiting |= events
         try:
-            self._daemon.send_nowait(Order(serial, kind, images, reason))
-            with trio.move_on_after(patience):
-                await done.wait()
+            for serial, images in zip(events, parts, strict=True):
+                self._daemon.send_nowait(Order(serial, kind, images, reason))
+            for done in events.values():
+                with trio.move_on_after(patience) as waited:
+                    await done.wait()
+                if waited.cancelled_caught:
+                    return False
         finally:
-            del self._waiting[serial]
-        return done.is_set()
+            for serial in events:
+                del self._waiting[serial]
+        return True

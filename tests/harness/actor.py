@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import select
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -75,6 +76,10 @@ class Actor:
         self.process.stdin.write(json.dumps([call, plain]) + "\n")
         self.process.stdin.flush()
         self._call = call
+
+    def answered(self) -> bool:
+        """Say whether the call that was begun has ended."""
+        return bool(select.select([self.process.stdout], [], [], 0)[0])
 
     def answer(self) -> Any:
         """Return what the call returned.  Raises `Refused`."""

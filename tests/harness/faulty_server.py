@@ -2,7 +2,7 @@
 
 ``python faulty_server.py DIRECTORY MOUNTPOINT`` mounts it, says "ready", and serves until it is unmounted.  Each line
 of its input says from then on how the path is: ``fine``, ``stall``, ``stall SECONDS`` (calls fail after that time, as
-those of a path that gives up), ``fail``, ``tear`` (of what is written only the first sectors are, and the call fails) or
+those of a path that gives up), ``fail``, ``full`` (a file server that says so when a file is closed), ``tear`` (of what is written only the first sectors are, and the call fails) or
 ``delay SECONDS``; what was under way when it was ``fine`` again is done.  It answers each with a line.
 
 The page cache of this path keeps what is written to it until it is flushed, as that of a network filesystem does, and
@@ -29,28 +29,28 @@ class Path:
     """How the path is, for whoever makes a call on it."""
 
     def __init__(self) -> None:
-        self._how = "fine"
+        self.how = "fine"
         self._seconds = 0.0
         self._changed = trio.Event()
 
     def become(self, how: str, seconds: float) -> None:
         """Be so from now on."""
-        self._how, self._seconds = how, seconds
+        self.how, self._seconds = how, seconds
         self._changed.set()
         self._changed = trio.Event()
 
     async def call(self, work: Callable[[], T], torn: Callable[[], object] | None = None) -> T:
         """Do a call as the path lets it; *torn* does the first part of a write."""
-        gives_up = self._seconds if self._how == "stall" and self._seconds else float("inf")
+        gives_up = self._seconds if self.how == "stall" and self._seconds else float("inf")
         with trio.move_on_after(gives_up):
-            while self._how == "stall":
+            while self.how == "stall":
                 await self._changed.wait()
-        if self._how == "stall" or self._how == "fail":
+        if self.how == "stall" or self.how == "fail":
             raise pyfuse3.FUSEError(errno.EIO)
-        if self._how == "tear" and torn is not None:
+        if self.how == "tear" and torn is not None:
             await trio.to_thread.run_sync(torn)
             raise pyfuse3.FUSEError(errno.EIO)
-        if self._how == "delay":
+        if self.how == "delay":
             await trio.sleep(self._seconds)
         try:
             return await trio.to_thread.run_sync(work)
@@ -149,7 +149,8 @@ class View(pyfuse3.Operations):
         await self.path.call(lambda: os.fdatasync(fh))
 
     async def flush(self, fh: int) -> None:
-        pass
+        if self.path.how == "full":
+            raise pyfuse3.FUSEError(errno.ENOSPC)
 
     async def release(self, fh: int) -> None:
         os.close(fh)

@@ -21,7 +21,7 @@ from trio.testing import MockClock
 
 from lockfs.errors import LockUnavailable
 from lockfs.lockd.descriptor import Descriptor
-from lockfs.lockd.fence import PATIENCE, Fencer
+from lockfs.lockd.fence import PATIENCE, PATIENCE_IN_ALL, Fencer
 from lockfs.lockd.threads import Threads, TooSlow
 from lockfs.protocol import messages as m
 from lockfs.protocol.errors import InvalidCall, UnknownMount
@@ -31,8 +31,8 @@ LOCKD = "io.lockfs.Lockd"
 
 
 @asynccontextmanager
-async def daemon(lab: Lab, name: str = "a", *, obeys: bool = True) -> AsyncIterator[list[Order]]:
-    """Be the daemon of a mount; yields the orders that it gets."""
+async def daemon(lab: Lab, name: str = "a", *, obeys: bool = True, takes: float = 0) -> AsyncIterator[list[Order]]:
+    """Be the daemon of a mount, which *takes* so many seconds for each order; yields the orders that it gets."""
     mount = lab.share.mounts[name]
     got: list[Order] = []
 
@@ -41,6 +41,7 @@ async def daemon(lab: Lab, name: str = "a", *, obeys: bool = True) -> AsyncItera
             task_status.started()
             async for order in orders:
                 got.append(order)
+                await trio.sleep(takes)
                 if obeys:
                     mount.orders.obeyed(order.serial)
 
@@ -80,7 +81,7 @@ async def test_what_is_lost_at_once_is_told_at_once(autojump_clock: MockClock, l
         for grant in list(lab.backend.granted.values()):
             fencer.lose(lab.share, grant)
         await trio.sleep(1)
-    assert [len(order.images) for order in told] == [1000, 1000, 500]
+    assert [len(order.images) for order in told] == [100] * 25
     assert {image.nodes[0] - image.ino for order in told for image in order.images} == {1000}
     for ino in range(1, 2501):
         await lab.release("x", ino)
@@ -109,6 +110,28 @@ async def test_a_daemon_that_does_not_obey_is_a_problem(autojump_clock: MockCloc
     assert "does not answer" in result.problems[0]
     assert trio.current_time() - begin == pytest.approx(PATIENCE)
     await lab.release("x")
+
+
+@pytest.mark.parametrize(
+    ("takes", "images", "obeyed"),
+    [(0.19, 500, True), (0.26, 500, False), (0.19, 600, False), (0.09, 1500, True)],
+)
+async def test_a_daemon_that_goes_on_is_waited_for(
+    takes: float, images: int, obeyed: bool, autojump_clock: MockClock, lab: Lab, nursery: trio.Nursery
+) -> None:
+    """But not for more than a second, for each thousand images if there are more."""
+    fencer = Fencer(nursery, lab.table, lab.events)
+    for ino in range(1, images + 1):
+        await lab.acquire("x", ino, node=1000 + ino)
+    begin = trio.current_time()
+    async with daemon(lab, takes=takes):
+        results = await fencer.fence_these([FenceTarget(dev=DEV, ino=ino) for ino in range(1, images + 1)], "test")
+    took = trio.current_time() - begin
+    assert {each.fenced for each in results} == {obeyed}
+    in_all = PATIENCE_IN_ALL * max(1, images / 1000)
+    assert took == pytest.approx(takes * images / 100 if obeyed else PATIENCE if takes > PATIENCE else in_all)
+    for ino in range(1, images + 1):
+        await lab.release("x", ino)
 
 
 async def test_what_is_not_held_is_not_fenced(autojump_clock: MockClock, lab: Lab, nursery: trio.Nursery) -> None:

@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 from harness import processes
 from harness.actor import Actor
+from harness.faulty import Faulty
 from harness.host import Host, Mount
+from harness.logs import Expected
 
 from lockfs.linux import mount as mounts
 
@@ -260,6 +262,27 @@ def test_two_mounts_see_each_other_at_once(two: tuple[Mount, Mount]) -> None:
     assert not (a / "renamed").exists()
 
 
+def test_an_open_sees_what_was_written_and_an_open_file_soon(
+    host: Host, host_b: Host, storage: Path, tmp_path: Path
+) -> None:
+    """Through the daemon, where the kernel trusts for a moment what it knows of an image that has not changed lately."""
+    a, b = (each.mount(storage, tmp_path / each.name, "data=gated") for each in (host, host_b))
+    names = [f"image{number}" for number in range(10)]
+    for name in names:
+        (a / name).write_text("old")
+    time.sleep(1.1)  # so long ago is not lately
+    with Actor() as reader, Actor() as writer, Actor() as third:
+        for name in names:
+            open_file = reader.call("open", a / name, os.O_RDONLY)
+            written = writer.call("open", b / name, os.O_RDWR)
+            for content in ("old, and longer", "new, and longer"):
+                assert reader.call("read", open_file, 100, 0)[:3] == "old"
+                writer.call("write", written, content, 0)
+                assert third.call("cat", a / name) == content
+                wait_until(lambda open_file=open_file, content=content: reader.call("read", open_file, 100, 0) == content)
+            writer.call("close", written)
+
+
 def test_the_size_of_a_held_image_is_true_after_it_changed_hands(two: tuple[Mount, Mount]) -> None:
     a, b = two
     with Actor() as first, Actor() as second:
@@ -305,6 +328,65 @@ def test_a_full_disk_is_the_callers_error_and_leaves_no_lock(host: Host, storage
         wait_until(lambda: host.locks() == [])
         mount.umount()
         wait_until(lambda: not host.processes())  # lockd lets go of the storage, too
+
+
+def test_a_frozen_storage_holds_up_only_who_changes_something(host: Host, storage: Path, tmp_path: Path) -> None:
+    with filesystem(storage, tmp_path / "disk", "ext4", 64):
+        mount = host.mount(storage, tmp_path / "mnt", "data=gated")
+        with Actor() as writer, Actor() as toucher, Actor() as other:
+            fd = writer.call("open", mount / "image", os.O_WRONLY | os.O_CREAT)
+            writer.call("write", fd, "x" * 4096, 0)
+            (mount / "touched").touch()
+            subprocess.run(["fsfreeze", "--freeze", storage], check=True)
+            try:
+                writer.ask("write", fd, "y" * 4096, 0)
+                toucher.ask("utime", mount / "touched")
+                for _ in range(50):
+                    assert (other.call("stat", mount / "image"), other.call("cat", mount / "touched")) == (4096, "")
+                    time.sleep(0.005)
+                assert not any(actor.answered() for actor in (writer, toucher))
+            finally:
+                subprocess.run(["fsfreeze", "--unfreeze", storage], check=True)
+            assert (writer.answer(), toucher.answer()) == (4096, None)
+            assert other.call("cat", mount / "image") == "y" * 4096
+            writer.call("close", fd)
+        mount.umount()
+        wait_until(lambda: not host.processes())
+
+
+@pytest.fixture
+def server(storage: Path, tmp_path: Path, leaves_nothing: None) -> Iterator[Faulty]:
+    """A file server with `storage`."""
+    made = Faulty(storage, tmp_path / "path")
+    yield made
+    made.close()
+
+
+def opened(pid: int, name: str) -> list[int]:
+    """Return the descriptors of a process that keep a file open, by the end of its path."""
+    found = [fd for fd, path in processes.descriptors(pid).items() if path.endswith(name)]
+    flags = [Path(f"/proc/{pid}/fdinfo/{fd}").read_text().split()[3] for fd in found]
+    return [fd for fd, each in zip(found, flags, strict=True) if not int(each, 8) & os.O_PATH]
+
+
+def test_an_error_of_the_last_close_is_told_and_keeps_nothing(
+    server: Faulty, host: Host, storage: Path, tmp_path: Path, expect_log: Expected
+) -> None:
+    expect_log("image: what was written may not be on the storage: close: No space left on device")
+    mount = host.mount(server.path, tmp_path / "mnt", "data=gated")
+    with Actor() as writer, Actor() as next_one:
+        for flags in (os.O_RDWR | os.O_CREAT, os.O_RDWR | os.O_DIRECT):
+            fd = writer.call("open", mount / "image", flags)
+            writer.call("write", fd, "x", 0)
+            server.be("full")
+            assert writer.result("close", fd) == "ENOSPC"
+            wait_until(lambda: host.locks() == [])
+            wait_until(lambda: not opened(mount.daemon(), "/image"))
+            server.be("fine")
+            fd = next_one.call("open", mount / "image", os.O_RDWR)
+            next_one.call("close", fd)
+    assert (storage / "image").read_text() == "x"
+    mount.umount()
 
 
 @pytest.mark.parametrize("data", ["passthrough", "gated"])

@@ -85,7 +85,7 @@ def lossy(expect_log: Expected) -> None:
 
 @both
 @pytest.mark.parametrize("step", BEFORE_HOLDS)
-@pytest.mark.usefixtures("lossy")
+@pytest.mark.usefixtures("succession", "lossy")
 def test_before_it_has_said_what_it_holds(scene: Scene, data: str, step: str) -> None:
     """The lock was in descriptors of the two: it is gone, another host may have the image, and its writer gets errors."""
     scene.die(step)
@@ -103,7 +103,7 @@ def test_before_it_has_said_what_it_holds(scene: Scene, data: str, step: str) ->
 
 
 @both
-@pytest.mark.usefixtures("lossy")
+@pytest.mark.usefixtures("succession", "lossy")
 def test_amid_what_it_holds(scene: Scene, data: str) -> None:
     """It takes two messages to say, and dies between them: each image is either held, or its writer gets errors."""
     count = AT_ONCE + 20
@@ -121,6 +121,7 @@ def test_amid_what_it_holds(scene: Scene, data: str) -> None:
 
 @both
 @pytest.mark.parametrize("step", AFTER_HOLDS)
+@pytest.mark.usefixtures("succession")
 def test_when_it_has_said_what_it_holds(scene: Scene, data: str, step: str) -> None:
     """The new lockd keeps the lock, and starts a successor: nobody notices."""
     scene.die(step)

@@ -23,6 +23,7 @@ from harness.logs import Expected
 from harness.waiting import wait_until
 from t6_survival.successors import PATIENCE, kill
 
+pytestmark = pytest.mark.usefixtures("succession")
 ROUNDS = int(os.environ.get("LOCKFS_ROUNDS", "8"))
 PROGRAM = Path(__file__).parent / "program.py"
 

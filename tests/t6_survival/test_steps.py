@@ -202,7 +202,11 @@ def test_a_successor_dies(scene: Scene, step: str) -> None:
 
 
 @pytest.mark.parametrize("step", IN_MOUNT)
-def test_it_dies_while_it_mounts(make_host: Callable[..., Host], storage: Path, tmp_path: Path, step: str) -> None:
+def test_it_dies_while_it_mounts(
+    make_host: Callable[..., Host], storage: Path, tmp_path: Path, step: str, request: pytest.FixtureRequest
+) -> None:
+    if step != "mount.before-attachment":
+        request.getfixturevalue("succession")
     (tmp_path / "steps").mkdir()
     host = make_host("host-a", LOCKFS_STEPS=str(tmp_path / "steps"))
     (tmp_path / "steps" / step).touch()

@@ -31,6 +31,8 @@ DATA = ("gated", "passthrough") if "LOCKFS_ROUNDS" in os.environ else ("passthro
 both = pytest.mark.parametrize("mounted", ["gated", "passthrough"], indirect=True)
 """For what may differ most: it is tried with both in any case."""
 
+pytestmark = pytest.mark.usefixtures("succession")
+
 
 @pytest.fixture
 def host(make_host: Callable[..., Host]) -> Host:

@@ -85,3 +85,31 @@ GATED_ONLY: Sequence[Difference] = (
     ),
 )  # fmt: skip
 """What comes on top where data goes through the daemon."""
+
+WITHOUT_MODULE: Sequence[Difference] = (
+    Difference(
+        "pyfuse3 has no handlers for FUSE_FALLOCATE, so the kernel says EOPNOTSUPP",
+        [
+            *(f"data.allocation[{how}]" for how in ("allocate", "keep", "punch", "zero", "zero-keep")),
+            "data.wrong_direction[0o1]", "data.wrong_direction[0o2]",
+        ],
+        ["fallocate", "beyond the end", "stat", "content", "tree: b'it' *"],
+    ),
+    Difference(
+        "pyfuse3 has no handler for FUSE_LSEEK, so to the kernel each file is all data",
+        [f"data.seek_data_and_hole[{shape}]" for shape in ("islands", "hole-then-data", "data-then-hole")],
+        ["SEEK_*"],
+    ),
+    Difference(
+        "pyfuse3 does not ask for FUSE_DONT_MASK, so the umask counts in spite of a default ACL",
+        [
+            f"creating.modes[by_{how}-{mask}-{parent}-{uid}]"
+            for how in ("open", "mknod", "mkfifo", "mkdir")
+            for mask in ("0o22", "0o27", "0o77")
+            for parent in ("acl", "setgid+acl")
+            for uid in (0, 1000)
+        ],
+        ["stat *", "tree: *"],
+    ),
+)
+"""What comes on top of these, where the extension is missing."""

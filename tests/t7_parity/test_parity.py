@@ -5,14 +5,25 @@ from __future__ import annotations
 import itertools
 
 import pytest
+from harness.host import without_kernel_module
 from t7_parity.conftest import OPTIONS, TARGET
-from t7_parity.differences import DIFFERENCES, GATED_ONLY
+from t7_parity.differences import DIFFERENCES, GATED_ONLY, WITHOUT_MODULE
 from t7_parity.registry import Case, all_cases
-from t7_parity.twins import Pair, compare
+from t7_parity.twins import Difference, Pair, compare
 
 CASES = all_cases()
 _numbers = itertools.count()
-KNOWN = [*DIFFERENCES, *(GATED_ONLY if "data=gated" in OPTIONS else [])] if TARGET == "lockfs" else []
+
+
+
+def _known() -> list[Difference]:
+    if TARGET != "lockfs":
+        return []
+    gated = "data=gated" in OPTIONS or without_kernel_module()
+    return [*DIFFERENCES, *(GATED_ONLY if gated else []), *(WITHOUT_MODULE if without_kernel_module() else [])]
+
+
+KNOWN = _known()
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case.id for case in CASES])

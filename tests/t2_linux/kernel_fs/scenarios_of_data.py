@@ -15,7 +15,7 @@ import pytest
 import trio
 from fake_kernel import SETATTR, WRITE, Kernel, Reply, scenario
 
-from lockfs.kernel.gates import Gates
+from lockfs.kernel.gates import Gates, Trust
 from lockfs.linux.deadline import Deadline, now
 
 GETATTR, READ, FSYNC = 3, 15, 20
@@ -69,6 +69,12 @@ async def data(k: Kernel) -> None:
         assert not k.operations.current, "Python was asked"
 
 
+async def _validity(k: Kernel, fh: int) -> tuple[int, int]:
+    """Return the seconds, and nanoseconds, for which attributes of an open file may be trusted."""
+    valid, nsec = struct.unpack_from("=QI", (await k.ask(GETATTR, struct.pack("=IIQ", 1, 0, fh))).body)
+    return valid, nsec
+
+
 @scenario
 async def attributes(k: Kernel) -> None:
     """They say what fstat(2) says; a request that names no open file is pyfuse3's."""
@@ -81,7 +87,7 @@ async def attributes(k: Kernel) -> None:
         os.truncate(file.name, 123_456)
         os.chown(file.name, 12, 34)
         os.utime(file.name, ns=(1_700_000_000_123_456_789, 1_600_000_000_987_654_321))
-        gates.add(7, file.fileno(), guarded=True, trust=3)
+        gates.add(7, file.fileno(), guarded=True, trust=Trust(3))
         reply = await k.ask(GETATTR, struct.pack("=IIQ", 1, 0, 7), node=1234)
         valid, nsec, _, *found = struct.unpack("=QII6Q10I", reply.body)
         s = os.fstat(file.fileno())
@@ -95,6 +101,13 @@ async def attributes(k: Kernel) -> None:
         for flags, fh in ((0, 7), (1, 8)):
             assert (await k.ask(GETATTR, struct.pack("=IIQ", flags, 0, fh))).error == 0
         assert len(k.operations.current) == 2
+        gates.remove(7)
+        gates.add(7, file.fileno(), guarded=False, trust=Trust(2.5, calm_only=True))
+        assert await _validity(k, 7) == (0, 0)
+        gates.remove(7)
+    with open(os.__file__, "rb") as old:
+        gates.add(7, old.fileno(), guarded=False, trust=Trust(2.5, calm_only=True))
+        assert await _validity(k, 7) == (2, 500_000_000)
         gates.remove(7)
     with open("/dev/zero", "rb") as device:
         gates.add(8, device.fileno(), guarded=False)
