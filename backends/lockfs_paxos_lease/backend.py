@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 import trio
 
@@ -27,7 +28,7 @@ from lockfs_paxos_lease.disk.file import Disks, Storage
 from lockfs_paxos_lease.disk.lane import Lane
 from lockfs_paxos_lease.engine import lease as engine
 from lockfs_paxos_lease.engine import requests
-from lockfs_paxos_lease.engine.errors import AGAIN, BadArea, Clash, EngineError
+from lockfs_paxos_lease.engine.errors import AGAIN, Clash, EngineError
 from lockfs_paxos_lease.engine.errors import Held as HeldElsewhere
 from lockfs_paxos_lease.errors import explained
 from lockfs_paxos_lease.format.errors import Code
@@ -37,15 +38,12 @@ from lockfs_paxos_lease.lockspace import Lockspace
 from lockfs_paxos_lease.naming import Naming
 from lockfs_paxos_lease.people import People
 from lockfs_paxos_lease.settings import Settings
+from lockfs_paxos_lease.taking import Moved, Taking
 
 ATTEMPTS = 4
 """How often a lease is taken again because, meanwhile, the image has got another one, or the lease another place."""
 
 log = logging.getLogger(__name__)
-
-
-class Moved(Exception):
-    """A lease was taken that is not the image's any more; it has been given back."""
 
 
 class PaxosBackend:
@@ -70,6 +68,7 @@ class PaxosBackend:
         self._naming = Naming(context)
         self._people = People(context)
         self._in_use = LeasesInUse(self._place, settings.timing)
+        self._taking = Taking(self._naming, self._place, self._people)
         self._asked = Asked(self._in_use, self._lose)
         self._lane = Lane(1)
         self._unfenced: dict[tuple[int, int], str] = {}
@@ -117,24 +116,27 @@ class PaxosBackend:
         await self._close()
 
     async def _close(self) -> None:
-        for held in self._in_use.all():
-            await self._in_use.end(self._lockspace, held, given_back=False)
+        async with trio.open_nursery() as nursery:
+            for held in self._in_use.all():
+                nursery.start_soon(partial(self._in_use.end, self._lockspace, held, given_back=False))
         await self._people.close()
         await self._place.close()
 
     # Locks -----------------------------------------------------------------------------------
 
     async def acquire(self, image: Image, mode: Mode, holder: Holder) -> Grant:
-        """Take the lease of the image; then leave the card, so that it is there before anybody else is refused.
+        """Take the lease of the image.
 
-        Then look again: the image may have been given another name meanwhile, or the file of the lease removed since
-        nobody used it.  As long as the lease is held neither can happen.
+        What it is called is known in nearly all cases without asking the storage, which `Taking` does in any case.
         """
+        name = self._naming.expected(image)
+        if name in self._joined.holdings.in_use or name in self._joined.holdings.unfenced:
+            name = await self._naming.of(image)
         for _ in range(ATTEMPTS):
             try:
-                return await self._acquire(image, await self._naming.of(image), mode, holder)
-            except Moved:
-                continue
+                return await self._acquire(image, name, mode, holder)
+            except Moved as moved:
+                name = moved.name or await self._naming.of(image)
         raise LockUnavailable(f"the lease on {text.from_bytes(image.path)} is being moved or removed")
 
     async def _acquire(self, image: Image, name: str, mode: Mode, holder: Holder) -> Grant:
@@ -147,23 +149,22 @@ class PaxosBackend:
             held = self._in_use.get(name)
             mode = held.mode if held is not None else Mode.EXCLUSIVE
             raise Busy(await self._holder(image, membership.host_id, mode))
-        held = await self._in_use.begin(joined, name, membership, mode, self._place.find_or_create(name))
+        held = await self._in_use.begin(joined, name, membership, mode, self._place.lease(name))
         try:
             with explained(f"lock {text.from_bytes(image.path)}", held.area.where):
                 await joined.note(name, image)
-                token = await joined.run(held.lease.acquire(_MODES[mode]), held.area)
-            if not await self._place.is_current(name, held.area, lambda: self._naming.now(image) == name):
-                raise Moved
+                token = await joined.run(self._taking.take(held, _MODES[mode], image, holder), held.area)
+            if joined.membership() is not membership:
+                # What there was to be told lost was told without this one.
+                raise LockUnavailable(f"the lease on {text.from_bytes(image.path)} was lost as soon as it was had")
         except BaseException as error:
+            if held.lease.mode is not None:
+                await self._people.forgotten(image)
             await self._in_use.give_up(joined, held)
             if isinstance(error, HeldElsewhere):
                 raise Busy(await self._who(image, error)) from None
-            if isinstance(error.__cause__, BadArea) and not await self._place.is_current(name, held.area):
-                raise Moved from None
             raise
-        grant = self._in_use.granted(held, Grant(image, mode, token=token))
-        await self._people.note(image, holder)
-        return grant
+        return self._in_use.granted(held, Grant(image, mode, token=token))
 
     async def adopt(self, image: Image, mode: Mode, holder: Holder, keep: Sequence[int], token: int | None) -> Grant:
         """See whether the lease is there, in the incarnation that the last lockd had; nothing is taken.
@@ -211,7 +212,7 @@ class PaxosBackend:
             raise
         token = held.lease.version if has is Mode.EXCLUSIVE else token
         grant = self._in_use.granted(held, Grant(image, has, token=token))
-        await self._people.note(image, replace(holder, mode=has))
+        await self._people.noted(image, replace(holder, mode=has))
         return grant
 
     async def inherit(self) -> None:
@@ -250,7 +251,7 @@ class PaxosBackend:
                 self._lose(held)
             raise
         grant.mode = held.mode = mode
-        await self._people.note(grant.image, replace(holder, mode=mode))
+        await self._people.noted(grant.image, replace(holder, mode=mode))
 
     async def release(self, grant: Grant) -> None:
         """Give the lease back."""
@@ -258,9 +259,8 @@ class PaxosBackend:
         if held.lost:
             self._in_use.stopped(joined, held)
         with trio.CancelScope(shield=True), explained(f"unlock {text.from_bytes(grant.image.path)}", held.area.where):
-            await self._people.forget(grant.image)
             try:
-                if code := await joined.run(held.lease.release(), held.area):
+                if code := await joined.run(self._taking.give_back(held, grant.image), held.area):
                     log.error("%s was taken by another host while it was held here (%d)", held.area.where, code)
             finally:
                 await self._in_use.tidy(joined, held)

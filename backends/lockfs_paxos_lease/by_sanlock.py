@@ -163,7 +163,7 @@ class SanlockBackend:
             grant = await self._acquire(image, name, mode)
             try:
                 if await self._naming.of(image) == name:
-                    await self._people.note(image, holder)
+                    await self._people.noted(image, holder)
                     return grant
             except BaseException:
                 with trio.CancelScope(shield=True):
@@ -247,13 +247,13 @@ class SanlockBackend:
             raise
         held.resource, grant.mode = resource, mode
         grant.token = found[0].lver if found else None
-        await self._people.note(grant.image, replace(holder, mode=mode))
+        await self._people.noted(grant.image, replace(holder, mode=mode))
 
     async def release(self, grant: Grant) -> None:
         """Give the lease back: by name, since who keeps the connection would keep it."""
         held = self._of(grant)
         with trio.CancelScope(shield=True):
-            await self._people.forget(grant.image)
+            await self._people.forgotten(grant.image)
             try:
                 if not held.gone:
                     await held.client.release([held.resource])

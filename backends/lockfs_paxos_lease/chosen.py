@@ -8,7 +8,7 @@ from collections.abc import Callable
 from lockfs.errors import LockUnavailable
 from lockfs_paxos_lease.disk.area import AreaIO
 from lockfs_paxos_lease.disk.lane import Lane, Overdue
-from lockfs_paxos_lease.place import FILE_TIMEOUT, Place, Space, always
+from lockfs_paxos_lease.place import FILE_TIMEOUT, Place, Space
 
 
 async def is_directory(lane: Lane, path: str) -> bool:
@@ -52,13 +52,13 @@ class ChosenPlace:
         """Open the area of a lease; None if there is none.  The caller closes it."""
         return await self.below.find(name)
 
-    async def find_or_create(self, name: str) -> AreaIO:
-        """Open the area of a lease, and make it if there is none.  The caller closes it."""
-        return await self.below.find_or_create(name)
+    async def lease(self, name: str) -> AreaIO:
+        """Return the area of a lease, not open yet; to open it makes it if there is none.  The caller closes it."""
+        return await self.below.lease(name)
 
-    async def is_current(self, name: str, area: AreaIO, also: Callable[[], bool] = always) -> bool:
-        """Say whether an area that was opened is still that of the lease, and *also* is true."""
-        return await self.below.is_current(name, area, also)
+    def is_current(self, name: str, area: AreaIO) -> bool:
+        """Say whether an area that was opened is still that of the lease."""
+        return self.below.is_current(name, area)
 
     async def close(self) -> None:
         """Close what is open but for areas."""

@@ -18,14 +18,14 @@ import trio
 from lockfs.errors import LockUnavailable, MountError
 from lockfs.linux import files
 from lockfs_paxos_lease.disk.area import AreaIO, open_area
-from lockfs_paxos_lease.disk.file import Storage
+from lockfs_paxos_lease.disk.file import RawFile, Storage
 from lockfs_paxos_lease.disk.lane import Lane, Overdue
 from lockfs_paxos_lease.engine.actions import Clock, DiskError
 from lockfs_paxos_lease.engine.timing import Timing
 from lockfs_paxos_lease.format.fresh import fresh_lease, fresh_lockspace
 from lockfs_paxos_lease.format.size import MIB, Geometry
 from lockfs_paxos_lease.given_names import LIBVIRT_LOCKSPACE
-from lockfs_paxos_lease.place import FILE_TIMEOUT, LEASE_THREADS, LOCKSPACE_THREADS, Space, always, hosts_of
+from lockfs_paxos_lease.place import FILE_TIMEOUT, LEASE_THREADS, LOCKSPACE_THREADS, Space, hosts_of
 
 LOCKSPACE = "lockspace"
 SUFFIX = ".lease"
@@ -153,31 +153,41 @@ class LeaseDirectory:
         except FileNotFoundError:
             return None
 
-    async def find_or_create(self, name: str) -> AreaIO:
-        """Open the area of a lease, and make it if there is none.  Raises `LockUnavailable`."""
-        found = await self.find(name)
-        if found is not None:
-            return found
+    async def lease(self, name: str) -> AreaIO:
+        """Return the area of a lease, not open yet; to open it makes it if there is none."""
+        return AreaIO(lambda: self._open_or_make(name), self._lane, self._clock, self._file(name))
+
+    def _open_or_make(self, name: str) -> RawFile:
         try:
-            await self._call(lambda: self._make_lease(name), f"make the lease {name}")
-            return await self._open(name + self._suffix, self._lane)
+            return self._storage.open(name + self._suffix, self._fd)
+        except FileNotFoundError:
+            pass
+        try:
+            self._make_lease(name)
         except OSError as error:
             raise LockUnavailable(f"cannot make the lease {self._file(name)}: {error.strerror}") from error
+        return self._storage.open(name + self._suffix, self._fd)
 
-    async def is_current(self, name: str, area: AreaIO, also: Callable[[], bool] = always) -> bool:
-        """Say whether an area that was opened is that of the file that has the name now, and *also* is true."""
-        file = name + self._suffix
-
-        def work() -> bool:
-            info = os.stat(file, dir_fd=self._fd, follow_symlinks=False)
-            return area.identity == (info.st_dev, info.st_ino) and also()
-
+    async def make(self, name: str) -> None:
+        """Make a lease if there is none.  Raises `LockUnavailable`."""
+        area = await self.lease(name)
         try:
-            return await self._call(work, f"look at the lease {name}")
+            await area.open(FILE_TIMEOUT)
+        except OSError as error:
+            raise LockUnavailable(f"cannot open {area.where}: {error.strerror}") from error
+        except DiskError as error:
+            raise LockUnavailable(str(error)) from error
+        finally:
+            with trio.CancelScope(shield=True):
+                await area.close()
+
+    def is_current(self, name: str, area: AreaIO) -> bool:
+        """Say whether an area that was opened is that of the file that has the name now.  In a thread; OSError."""
+        try:
+            info = os.stat(name + self._suffix, dir_fd=self._fd, follow_symlinks=False)
         except FileNotFoundError:
             return False
-        except OSError as error:
-            raise LockUnavailable(f"cannot look at the lease {self._file(name)}: {error.strerror}") from error
+        return area.identity == (info.st_dev, info.st_ino)
 
     async def remove(self, name: str, area: AreaIO, until: float) -> bool:
         """Remove the file of a lease that is marked as deleted, if it is still that of *area*; say whether it was.

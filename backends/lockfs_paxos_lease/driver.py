@@ -7,6 +7,9 @@ turn of a thread for each would cost more than the I/O.  The engine knows nothin
 * an operation goes on in one thread only: who finds that it was given up, or has gone on without it, leaves it alone.
 
 What a thread does is given up by the event loop when an I/O is overdue; the operation then goes on in another one.
+
+Operations may have calls between their I/Os (`disk.call`).  Such a call is made by the thread that is there, as a guest
+of the call's own lane; only where too many hang in that already, the call waits for a thread of its own there.
 """
 
 from __future__ import annotations
@@ -19,8 +22,9 @@ from typing import Generic, TypeVar
 import trio
 
 from lockfs_paxos_lease.disk.area import AreaIO
-from lockfs_paxos_lease.disk.lane import Overdue
-from lockfs_paxos_lease.engine.actions import Action, Area, DiskError, Operation, Read, Settle, Sleep, Write
+from lockfs_paxos_lease.disk.call import Call, Steps
+from lockfs_paxos_lease.disk.lane import Lane, Overdue
+from lockfs_paxos_lease.engine.actions import Action, Area, DiskError, Read, Settle, Sleep, Write
 
 T = TypeVar("T")
 _STEP = 0.02
@@ -33,10 +37,11 @@ def boottime() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
-async def run(operation: Operation[T], areas: Mapping[Area, AreaIO]) -> T:
+async def run(operation: Steps[T], areas: Mapping[Area, AreaIO], home: Lane | None = None) -> T:
     """Return what *operation* ends with, or raise what it raises.
 
-    Whoever is cancelled in it has given it up: see `engine.actions` for what there is to do then.
+    *home* is the lane in whose threads its calls are made, if it may be; without it each is in its own.  Whoever is
+    cancelled in it has given it up: see `engine.actions` for what there is to do then.
     """
     course = _Course(operation, areas)
     try:
@@ -49,7 +54,11 @@ async def run(operation: Operation[T], areas: Mapping[Area, AreaIO]) -> T:
                     await trio.sleep(seconds)
                     course.go_on()
                 case Read(area) | Write(area):
-                    await areas[area].lane.series(_Series(course))
+                    lane = areas[area].lane
+                    await lane.series(_Series(course, lane))
+                case Call(lane=lane):
+                    lane = lane if home is None or course.turned_away else home
+                    await lane.series(_Series(course, lane))
     except trio.Cancelled:
         course.close()
         if not course.results:
@@ -72,23 +81,28 @@ async def _settle(course: _Course[T], area: AreaIO, timeout: float) -> None:
 class _Course(Generic[T]):
     """An operation on its way: `action` is what it waits for, `results` has what it has ended with."""
 
-    def __init__(self, operation: Operation[T], areas: Mapping[Area, AreaIO]) -> None:
-        self.action: Action
+    def __init__(self, operation: Steps[T], areas: Mapping[Area, AreaIO]) -> None:
+        self.action: Action | Call
         self.results: list[T] = []
         self.areas = areas
         self.turn = 0
         """Grows when the operation goes on elsewhere."""
+        self.turned_away = False
+        """True if the call that `action` is found no room as a guest."""
         self._operation = operation
 
-    def go_on(self, result: bytes | None = None, error: DiskError | None = None) -> None:
+    def go_on(self, result: object = None, error: Exception | None = None) -> None:
         """Resume the operation.  Raises what it raises."""
         with _engine:
             self.step(result, error)
 
-    def step(self, result: bytes | None, error: DiskError | None) -> None:
+    def step(self, result: object, error: Exception | None) -> None:
         """Resume the operation; by who has `_engine`."""
+        self.turned_away = False
         try:
             self.action = self._operation.send(result) if error is None else self._operation.throw(error)
+            while isinstance(self.action, Settle) and self.areas[self.action.area].is_quiet:
+                self.action = self._operation.send(None)
         except StopIteration as stop:
             self.results.append(stop.value)
 
@@ -100,72 +114,95 @@ class _Course(Generic[T]):
 
 
 class _Series(Generic[T]):
-    """The I/Os that follow each other in the lane of the first: see `disk.lane.Series`."""
+    """The I/Os and calls that follow each other in one lane: see `disk.lane.Series`."""
 
-    def __init__(self, course: _Course[T]) -> None:
+    def __init__(self, course: _Course[T], lane: Lane) -> None:
         self._course = course
         self._turn = course.turn
-        self._lane = self._area(course.action).lane
-        self._action: Read | Write | None = None
-        """The I/O that is under way, or waits for a thread; None while the engine is at work."""
+        self._lane = lane
+        self._action: Read | Write | Call | None = None
+        """What is under way, or waits for a thread; None while the engine is at work."""
         self._begun = False
         self._until = 0.0
         self._expect(course.action)
 
-    def _area(self, action: Action) -> AreaIO:
-        if not isinstance(action, Read | Write):
-            raise TypeError(f"{action!r} is not an I/O")
-        return self._course.areas[action.area]
-
-    def _expect(self, action: Action) -> bool:
-        """Take the next I/O; return False if it is not one for this lane."""
-        if not isinstance(action, Read | Write) or self._area(action).lane is not self._lane:
+    def _expect(self, action: Action | Call) -> bool:
+        """Take the next I/O or call; return False if it is not one for this lane."""
+        match action:
+            case Call():
+                here = True  # if only as a guest
+            case Read() | Write():
+                here = self._course.areas[action.area].lane is self._lane
+            case _:
+                here = False
+        if not here or not isinstance(action, Read | Write | Call):
             self._action = None
             return False
         self._action, self._until = action, time.monotonic() + action.timeout
         return True
 
     def left(self) -> float:
-        """Return for how long the I/O may still take."""
+        """Return for how long it may still take."""
         return _STEP if self._action is None else max(self._until - time.monotonic(), 0.0)
 
     def body(self) -> None:
-        """Make I/Os until something else is to be done; in a thread.  Raises what the operation raises."""
+        """Make I/Os and calls until something else is to be done; in a thread.  Raises what the operation raises."""
         course, more = self._course, True
         while more:
             with _engine:
                 action = self._action
                 if course.turn != self._turn or action is None:
                     return
+                guest = isinstance(action, Call) and action.lane is not self._lane
+                if isinstance(action, Call) and guest and not action.lane.let_in():
+                    self._action, course.turned_away = None, True
+                    return
                 # In one step with the look at the turn: who gives it up must see that it is under way.
                 self._begun, refusal = True, self._begin(action)
-            result, failure = (None, refusal) if refusal else self._do(action)
-            with _engine:
-                if course.turn != self._turn:
+            try:
+                result, failure = (None, refusal) if refusal else self._do(action)
+                with _engine:
+                    late = course.turn != self._turn
+                    if not late:
+                        self._action = None
+                        course.step(result, failure)
+                        more = not course.results and self._expect(course.action)
+                if late:
+                    if isinstance(action, Call) and failure is None:
+                        action.undo(result)
                     return
-                self._action = None
-                course.step(result, failure)
-                more = not course.results and self._expect(course.action)
+            finally:
+                if isinstance(action, Call) and guest:
+                    action.lane.let_out()
 
-    def _begin(self, action: Read | Write) -> DiskError | None:
+    def _begin(self, action: Read | Write | Call) -> DiskError | None:
+        if isinstance(action, Call):
+            return None
         try:
-            self._area(action).begin(_what(action), writes=isinstance(action, Write))
+            self._course.areas[action.area].begin(_what(action), writes=isinstance(action, Write))
         except DiskError as error:
             return error
         return None
 
-    def _do(self, action: Read | Write) -> tuple[bytes | None, DiskError | None]:
-        area = self._area(action)
+    def _do(self, action: Read | Write | Call) -> tuple[object, Exception | None]:
         try:
-            if isinstance(action, Read):
-                return area.read_now(action.offset, action.length), None
-            area.write_now(action.offset, action.data, action.not_after)
+            match action:
+                case Call():
+                    return action.work(), None
+                case Read():
+                    return self._course.areas[action.area].read_now(action.offset, action.length), None
+                case Write():
+                    self._course.areas[action.area].write_now(action.offset, action.data, action.not_after)
         except DiskError as error:
+            return None, error
+        except Exception as error:
+            if not isinstance(action, Call):
+                raise
             return None, error
         return None, None
 
     def abandon(self) -> bool:
-        """Give up an I/O that is overdue, and have the operation go on with that.  Return False if there is none."""
+        """Give up what is overdue, and have the operation go on with that.  Return False if nothing is."""
         course = self._course
         with _engine:
             action = self._action
@@ -173,7 +210,10 @@ class _Series(Generic[T]):
                 return False
             course.turn += 1
             overdue = Overdue(self._begun, action.timeout)
-            error = self._area(action).overdue(_what(action), overdue)
+            if isinstance(action, Call):
+                course.step(None, overdue)
+                return True
+            error = course.areas[action.area].overdue(_what(action), overdue)
             error.__cause__ = overdue
             course.step(None, error)
             return True

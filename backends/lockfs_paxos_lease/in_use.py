@@ -2,7 +2,7 @@
 
 Invariants:
 * A lease serves one image of this host at a time, also where two images have the same name for it; so it is in use
-  (`Holdings.in_use`, which all shares see) from before its area is opened until after it is closed.
+  (`Holdings.in_use`, which all shares see) from before its area is opened until after it is closed, or hangs.
 * What could not be given back on the disk stays known (`Holdings.left`), and is tidied up later.
 """
 
@@ -151,7 +151,9 @@ class LeasesInUse:
             except EngineError:
                 pass
             await self.tidy(joined, held)
-            await self.end(joined, held, given_back=not held.lease.untidy)
+            # What could not be given back before may still be there, since nobody has got as far as to find out.
+            left = held.lease.untidy or held.name in joined.holdings.left
+            await self.end(joined, held, given_back=not left)
 
     async def give_back(self, joined: Lockspace, name: str) -> None:
         """Give back on the disk what this host has there, and nobody uses.  Raises `LockUnavailable`."""

@@ -23,7 +23,7 @@ from lockfs_paxos_lease.disk.area import AreaIO
 from lockfs_paxos_lease.engine.timing import Timing
 from lockfs_paxos_lease.format.errors import BadRecord
 from lockfs_paxos_lease.format.size import Geometry
-from lockfs_paxos_lease.place import Place, Space, always
+from lockfs_paxos_lease.place import Place, Space
 from lockfs_paxos_lease.state import PLACE, StateFile
 
 PATIENCE = 1.0
@@ -150,14 +150,14 @@ class LatePlace:
         await self._reach_in_use()
         return await self.below.find(name)
 
-    async def find_or_create(self, name: str) -> AreaIO:
-        """Open the area of a lease, and make it if there is none.  The caller closes it."""
+    async def lease(self, name: str) -> AreaIO:
+        """Return the area of a lease, not open yet; to open it makes it if there is none.  The caller closes it."""
         await self._reach_in_use()
-        return await self.below.find_or_create(name)
+        return await self.below.lease(name)
 
-    async def is_current(self, name: str, area: AreaIO, also: Callable[[], bool] = always) -> bool:
-        """Say whether an area that was opened is still that of the lease, and *also* is true."""
-        return await self.below.is_current(name, area, also)
+    def is_current(self, name: str, area: AreaIO) -> bool:
+        """Say whether an area that was opened is still that of the lease."""
+        return self.below.is_current(name, area)
 
     async def close(self) -> None:
         """Close what is open but for areas."""

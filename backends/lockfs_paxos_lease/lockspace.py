@@ -28,7 +28,8 @@ from lockfs.linux.deadline import Deadline
 from lockfs_paxos_lease import driver, identity, watchdog
 from lockfs_paxos_lease.claim import Claim
 from lockfs_paxos_lease.disk.area import AreaIO
-from lockfs_paxos_lease.engine.actions import Area, Clock, Operation
+from lockfs_paxos_lease.disk.call import Steps
+from lockfs_paxos_lease.engine.actions import Area, Clock
 from lockfs_paxos_lease.engine.errors import BadArea, Clash, EngineError, Lost, StorageTrouble
 from lockfs_paxos_lease.engine.membership import Membership, Renewal
 from lockfs_paxos_lease.engine.timing import Timing
@@ -380,14 +381,14 @@ class Lockspace:
             raise LockUnavailable(f"this host's lease in {self._place.where} could not be renewed")
         return membership
 
-    async def run(self, operation: Operation[T], lease: AreaIO | None = None) -> T:
-        """Run an operation of the engine on the lockspace, and on a lease."""
+    async def run(self, operation: Steps[T], lease: AreaIO | None = None) -> T:
+        """Run an operation of the engine on the lockspace, and on a lease, which may have calls between."""
         if self.area is None:
             raise LockUnavailable(f"the lockspace in {self._place.where} is not open")
         areas = {Area.LOCKSPACE: self.area}
         if lease is not None:
             areas[Area.LEASE] = lease
-        return await driver.run(operation, areas)
+        return await driver.run(operation, areas, lease.lane if lease is not None else None)
 
     async def note(self, name: str, image: Image) -> None:
         """Write down that a lease is about to be taken, and arm the watchdog.  Raises `StorageTrouble`."""

@@ -16,6 +16,8 @@ import os
 from lockfs import text
 from lockfs.backend import Context, Image
 from lockfs.errors import LockUnavailable, MountError, UsageError
+from lockfs_paxos_lease import driver
+from lockfs_paxos_lease.disk.call import Steps, call
 from lockfs_paxos_lease.disk.lane import Lane, Overdue
 from lockfs_paxos_lease.given_names import ATTRIBUTE, GivenNames, parse_map
 from lockfs_paxos_lease.options import LIBVIRT
@@ -68,8 +70,16 @@ class Naming:
 
         Raises `LockUnavailable` for an attribute that is no name, and where the storage does not say.
         """
+        return await driver.run(self.look(image), {})
+
+    def expected(self, image: Image) -> str:
+        """Return what an image's lease is called unless the image itself has a name for it: without any I/O."""
+        return self._given.of(image.relative, image.path, None) or lease_name(image, by_inode=self._by_inode)
+
+    def look(self, image: Image) -> Steps[str]:
+        """Do as `of`, within an operation."""
         try:
-            return await self._lane.call(lambda: self.now(image), FILE_TIMEOUT)
+            return (yield from call(lambda: self.now(image), FILE_TIMEOUT, self._lane))
         except Overdue as error:
             raise _unknown(image, str(error)) from error
 

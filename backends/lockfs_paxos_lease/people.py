@@ -14,6 +14,8 @@ import trio
 from lockfs import text
 from lockfs.backend import UNKNOWN_HOST, Context, Holder, Host, Image, Mode
 from lockfs.cards import Cards, with_holds
+from lockfs_paxos_lease import driver
+from lockfs_paxos_lease.disk.call import Steps, call
 from lockfs_paxos_lease.disk.lane import Lane, Overdue
 
 TIMEOUT = 2.0
@@ -39,13 +41,34 @@ class People:
         """Close it."""
         await self._aside(self._cards.close)
 
-    async def note(self, image: Image, holder: Holder) -> None:
-        """Tell other hosts who holds an image here."""
-        await self._aside(lambda: self._cards.write(image.ino, holder))
+    def note(self, image: Image, holder: Holder) -> Steps[None]:
+        """Tell other hosts who holds an image here.
 
-    async def forget(self, image: Image) -> None:
+        Nobody waits long for that; and what comes when nobody waits for it any more, is taken back.
+        """
+        ino = image.ino
+        yield from self._in_passing(lambda: self._cards.write(ino, holder), lambda _: self._cards.remove(ino))
+
+    def forget(self, image: Image) -> Steps[None]:
         """Nobody holds it here any more."""
-        await self._aside(lambda: self._cards.remove(image.ino))
+        ino = image.ino
+        yield from self._in_passing(lambda: self._cards.remove(ino), lambda _: None)
+
+    def _in_passing(self, work: Callable[[], None], undo: Callable[[None], None]) -> Steps[None]:
+        try:
+            yield from call(work, TIMEOUT, self._lane, undo)
+        except (Overdue, OSError):
+            pass
+
+    async def noted(self, image: Image, holder: Holder) -> None:
+        """Do as `note`.  Whoever is cancelled in it would not know what has become of the lock."""
+        with trio.CancelScope(shield=True):
+            await driver.run(self.note(image, holder), {})
+
+    async def forgotten(self, image: Image) -> None:
+        """Do as `forget`."""
+        with trio.CancelScope(shield=True):
+            await driver.run(self.forget(image), {})
 
     async def holder(self, image: Image, mode: Mode, host: str, host_id: int) -> Holder:
         """Name a holder.  *host* is what its record says, empty if that is not known; *host_id* 0 if not even that."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -51,11 +50,6 @@ def hosts_of(timing: Timing, geometry: Geometry) -> int:
     return geometry.max_hosts if timing.is_sanlock else min(geometry.max_hosts, LEASE_HOSTS)
 
 
-def always() -> bool:
-    """Say yes."""
-    return True
-
-
 class Place(Protocol):
     """The areas of one lockspace and its leases.
 
@@ -73,13 +67,16 @@ class Place(Protocol):
     async def find(self, name: str) -> AreaIO | None:
         """Open the area of a lease; None if there is none.  The caller closes it."""
 
-    async def find_or_create(self, name: str) -> AreaIO:
-        """Open the area of a lease, and make it if there is none.  The caller closes it."""
+    async def lease(self, name: str) -> AreaIO:
+        """Return the area of a lease, not open yet; to open it makes it if there is none.  The caller closes it.
 
-    async def is_current(self, name: str, area: AreaIO, also: Callable[[], bool] = always) -> bool:
+        To open it raises OSError, and `LockUnavailable`.
+        """
+
+    def is_current(self, name: str, area: AreaIO) -> bool:
         """Say whether an area that was opened is still that of the lease, and not that of one removed since.
 
-        And whether *also* is true, which is asked in the same turn of a thread: each costs time.
+        In a thread of the area's lane.
         """
 
     async def close(self) -> None:

@@ -10,6 +10,7 @@ write was issued), so until when the host may act.  Rules:
   those must carry a lower token than the present holder's.
 * Tokens grow from one exclusive session to the next; those of sanlock hosts are not looked at, as a late write of such a
   host may set them back.
+* Nobody is granted what was retired.
 * A host writes its own sectors, leaders and requests, and nobody else's, but to clear a shared hold of a dead host.
 * lockfs hosts: no ballot block is ever zeroed, or written for an earlier version or with a lower ballot number.
 """
@@ -69,6 +70,8 @@ class Checker:
         """The highest token of each resource: of all sessions, of exclusive ones."""
         self.orphans: set[str] = set()
         """Resources whose holder has died."""
+        self.retired: set[str] = set()
+        """Resources that are never to be had again."""
         self.grants = 0
         self.takeovers = 0
         self.late = 0
@@ -83,6 +86,8 @@ class Checker:
     def grant(self, machine: Machine, incarnation: int, resource: str, exclusive: bool, token: int) -> Session:
         """A host was granted a resource."""
         self._may_act(machine, f"is granted {resource}")
+        if resource in self.retired:
+            raise self._violation(f"host {machine.number} is granted {resource}, which was retired")
         session = Session(machine, incarnation, resource, exclusive, token, self.world.now)
         self._exclude(session)
         self.sessions.setdefault(resource, []).append(session)
@@ -105,6 +110,11 @@ class Checker:
     def end(self, session: Session) -> None:
         """A host has stopped to act under a session, for good."""
         session.open = False
+
+    def retire(self, session: Session) -> None:
+        """A host has ended a session, and the resource with it."""
+        self.end(session)
+        self.retired.add(session.resource)
 
     def died(self, machine: Machine) -> None:
         """A host lost its power; a daemon that dies alone does not count."""

@@ -21,7 +21,7 @@ from lockfs_paxos_lease.format.fresh import fresh_lockspace
 from sim.checker import Violation
 from sim.scenario import DRIFT, Result
 from sim.station import GEOMETRY, SPACE
-from sim.world import SECTOR, SECTORS, Machine, Weather, World
+from sim.world import SECTOR, Machine, Weather, World
 
 ENDS = 0.3
 """How often a process does not go on after a membership, but another one begins in its place."""
@@ -120,7 +120,7 @@ def simulate_claims(seed: int, *, trace: bool = False) -> Result:
     world = World(random.getrandbits(48), weather)
     world.trace = [] if trace else None
     area, first = fresh_lockspace(GEOMETRY, SPACE, timing.stored, timing.delta_version)
-    world.areas["lockspace"] = bytearray(first + area[SECTOR : SECTORS * SECTOR])
+    world.areas["lockspace"] = bytearray(first + area[SECTOR:])
     everybody: list[Claimant] = []
     for number in range(1, random.choice([2, 3, 5]) + 1):
         claimant = Claimant(world, number, 1 + DRIFT * (2 * random.random() - 1), timing, everybody)

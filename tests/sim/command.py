@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import multiprocessing
 import sys
 import time
@@ -23,6 +24,7 @@ def main() -> int:
     parser.add_argument("--mutant", choices=sorted(mutants.MUTANTS), help="with this deliberate bug")
     parser.add_argument("--stop", action="store_true", help="end at the first seed that fails")
     args = parser.parse_args()
+    gc.freeze()
     if args.mutant:
         mutants.MUTANTS[args.mutant].apply()
     story = simulate_claims if args.claims else simulate
@@ -51,7 +53,7 @@ def main() -> int:
         f"{total.seconds / took:.0f} cluster-seconds per second\n"
         f"{total.grants} grants, {total.takeovers} takeovers, {total.refused} refusals, {total.joins} joins, "
         f"{total.resumes} resumed, {total.lost} leases lost, {total.crashes} crashes ({total.confirmed} confirmed), {total.data} data writes "
-        f"({total.late} late), {total.probes} probes, {total.steps} steps"
+        f"({total.late} late), {total.retired} retired, {total.probes} probes, {total.steps} steps"
     )
     return 1 if failures else 0
 
@@ -64,7 +66,7 @@ def _tell(done: int, failures: int, began: float) -> None:
 
 def _report(result: Result, total: Result, args: argparse.Namespace) -> int:
     for name in ("seconds", "grants", "takeovers", "data", "late", "joins", "resumes", "lost", "crashes", "confirmed", "refused",
-                 "probes", "steps"):  # fmt: skip
+                 "retired", "probes", "steps"):  # fmt: skip
         setattr(total, name, getattr(total, name) + getattr(result, name))
     for line in result.trace:
         print(line)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from types import CodeType
 from typing import Any
 
-from lockfs_paxos_lease.engine import area, ballot, lease, membership, owner
+from lockfs_paxos_lease.engine import area, ballot, census, lease, membership, own, owner
 
 
 @dataclass(frozen=True)
@@ -58,19 +58,19 @@ class Mutant:
 
 MUTANTS = {
     "skip-reread": Mutant(
-        owner.await_end, "(record.timestamp != stamp or fresh)", "fresh", 92,
+        owner.await_end, "(record.timestamp != stamp or fresh)", "fresh", 57,
         "who waits for the death of an owner does not look whether its record changes again",
     ),
     "forget-generation": Mutant(
-        membership.Membership.join, "found.owner_generation + 1", "max(found.owner_generation, 1)", 16,
+        membership.Membership.join, "found.owner_generation + 1", "max(found.owner_generation, 1)", 9,
         "a new incarnation is not told from the one before",
     ),
     "renew-after-l": Mutant(
-        membership.Membership.check, "self.clock() >= self.valid_until", "False", 4,
+        membership.Membership.check, "self.clock() >= self.valid_until", "False", 2,
         "a lease that has run out is renewed, and used",
     ),
     "count-from-after": Mutant(
-        membership.Membership._write_renewal, "False, now", "False, self.clock()", 159,
+        membership.Membership._write_renewal, "False, now", "False, self.clock()", 107,
         "the own lease counts from after the write that renewed it",
     ),
     "zero-own-block": Mutant(
@@ -78,11 +78,11 @@ MUTANTS = {
         "who gives a lease back zeroes its ballot block",
     ),
     "ignore-released": Mutant(
-        owner._gave_back, "block.is_released and", "False and", 8,
+        owner._gave_back, "block.is_released and", "False and", 1,
         "a lease that its owner has given back in its own block only stays taken",
     ),
     "early-takeover": Mutant(
-        owner.await_end, "began - since > area.timing.dead_after(stored)", "began - since > area.timing.live_for(stored)", 102,
+        owner.await_end, "began - since > area.timing.dead_after(stored)", "began - since > area.timing.live_for(stored)", 30,
         "a host is dead one margin early",
     ),
     "skip-phase-2-read": Mutant(
@@ -99,7 +99,7 @@ MUTANTS = {
         "an exclusive acquire does not care for who shares",
     ),
     "commit-stranger": Mutant(
-        lease.Lease._commit, "ours = value == attempt.wish", "ours = True", 1,
+        lease.Lease._commit, "ours = value == attempt.wish", "ours = True", 4,
         "a ballot that settles somebody else's value counts as won",
     ),
     "erase-proposal": Mutant(
@@ -115,16 +115,28 @@ MUTANTS = {
         "a ballot goes on although somebody has begun a higher one",
     ),
     "no-settling": Mutant(
-        area.LeaseArea.quiet, "yield Settle(Area.LEASE, self.timing.io_timeout)", "yield from ()", 19,
+        area.LeaseArea.quiet, "yield Settle(Area.LEASE, self.timing.io_timeout)", "yield from ()", 29,
         "new writes are sent while an earlier one, given up, may still land",
     ),
     "trust-leader": Mutant(
-        lease.Lease._win, "behind = seen.version > cur.lver + 1", "behind, seen.version = False, cur.lver + 1", 21,
+        lease.Lease._win, "behind = seen.version > cur.lver + 1", "behind, seen.version = False, cur.lver + 1", 30,
         "a leader that a late write has set back is believed",
+    ),
+    "retire-nothing": Mutant(
+        own.Own.clear_leader, "magic=CLEARED_MAGIC", "lver=self.leader.lver", 1,
+        "who retires a lease only gives it back",
     ),
     "share-without-note": Mutant(
         lease.Lease._share, "replace(self._own.block, flags=RELEASED), mode)", "replace(self._own.block, flags=RELEASED), NONE)", 1,
         "a shared hold is not noted on the disk",
+    ),
+    "bound-without-horizon": Mutant(
+        census.Census.is_current, "now - self._began < self._timing.quickest * 2 / 3", "self._began > _LONG_AGO", 7,
+        "leases are read as far as host ids were in use once, however long ago that was",
+    ),
+    "no-whole-read": Mutant(
+        census.Census.is_known, "return name in self._extents", "return True", 30,
+        "leases are read as far as host ids are in use in the lockspace, though they may be older than it is",
     ),
     "believe-own-name": Mutant(
         membership.Membership.join, "self._is_ours(found, same_boot, noted)", "found.resource_name == self.name", 1641,

@@ -20,7 +20,7 @@ from lockfs_paxos_lease.engine.actions import Area, DiskError, Read, Sleep, Writ
 
 from sim.checker import Checker, Session
 from sim.station import SPACE, Counts, Habits
-from sim.world import SECTOR, Machine, World
+from sim.world import HOSTS, SECTOR, SECTORS, Machine, World
 
 WATCHDOG = 60
 GRACE = 40
@@ -180,7 +180,7 @@ class Reference(Machine):
                 continue
             yield Sleep(0.5)
             try:
-                area = yield Read(Area.LOCKSPACE, 0, 16 * SECTOR, self.T)
+                area = yield Read(Area.LOCKSPACE, 0, SECTORS * SECTOR, self.T)
                 self._watch(area)
                 there = Record(area[offset : offset + SECTOR])
                 ours = Record(self.record)
@@ -195,7 +195,7 @@ class Reference(Machine):
 
     def _watch(self, area: bytes) -> None:
         now = self.clock()
-        for host in range(1, 15):
+        for host in range(1, HOSTS + 1):
             record = Record(area[(host - 1) * SECTOR : host * SECTOR])
             if not record.owner_id:
                 continue
@@ -301,7 +301,7 @@ class _Lease:
     def _exclusive(self) -> Generator[Any, Any, None]:
         host, me = self.host, self.me
         while True:
-            area = yield Read(Area.LEASE, 0, 32 * SECTOR, host.T)
+            area = yield Read(Area.LEASE, 0, SECTORS * SECTOR, host.T)
             cur = self._leader(area)
             blocks = self._blocks(area, cur)
             if any(block is None for block, _, _, _ in blocks.values()):
@@ -336,7 +336,7 @@ class _Lease:
         host, me, lver = self.host, self.me, cur.lver + 1
         self.block = (mbal, 0, 0, 0, 0, lver)
         yield self._own(0)
-        area = yield Read(Area.LEASE, 0, 32 * SECTOR, host.T)
+        area = yield Read(Area.LEASE, 0, SECTORS * SECTOR, host.T)
         best: tuple[int, ...] | None = None
         for q, (block, _, shared, generation) in self._blocks(area, cur).items():
             if block is None:
@@ -353,7 +353,7 @@ class _Lease:
         self.block = (mbal, mbal, *value, lver)
         try:
             yield self._own(0)
-            area = yield Read(Area.LEASE, 0, 32 * SECTOR, host.T)
+            area = yield Read(Area.LEASE, 0, SECTORS * SECTOR, host.T)
         except DiskError:
             yield from self._retract()
             raise

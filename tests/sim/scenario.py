@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from random import Random
 
 from lockfs_paxos_lease.engine.timing import Timing
+from lockfs_paxos_lease.format.dblock import NONE, Dblock, encode_host_sector
 from lockfs_paxos_lease.format.fresh import fresh_lease, fresh_lockspace
+from lockfs_paxos_lease.format.size import MIB
 
 from sim.checker import Checker, Violation
 from sim.reference import Reference
 from sim.station import GEOMETRY, SPACE, Counts, Habits, Station
-from sim.world import NEVER, SECTOR, SECTORS, Weather, World
+from sim.world import HOSTS, NEVER, SECTOR, Weather, World
 
 DRIFT = 0.03
 """Clocks of hosts are that much too fast or too slow, at most."""
@@ -35,6 +38,12 @@ class Plan:
     weather: Weather
     late: bool
     """There may be writes that are late beyond all bounds."""
+    num_hosts: int
+    """What the leases are made for; hosts have any of these ids."""
+    newcomers: int
+    """So many of the stations join late."""
+    history: bool
+    """The leases are older than the lockspace."""
 
 
 @dataclass
@@ -59,6 +68,7 @@ class Result:
     crashes: int = 0
     confirmed: int = 0
     refused: int = 0
+    retired: int = 0
     probes: int = 0
     mixed: bool = False
     trace: list[str] = field(default_factory=list)
@@ -84,9 +94,12 @@ def plan(random: Random) -> Plan:
         weather.hiccup = random.choice([0.0, 0.005, 0.02])
         weather.hiccup_for = random.choice([0.5 * timing.fence, 1.5 * timing.dead_after(timing.stored)])
     late = harsh and not references and random.random() < 0.4
+    stations = random.choice([1, 2, 2, 3]) if references else random.choice([2, 3, 3, 4, 5])
+    wide = random.random() < 0.6
+    newcomers = random.choice([1, 1, 2]) if wide else 0
     return Plan(
-        timing, stations=random.choice([1, 2, 2, 3]) if references else random.choice([2, 3, 3, 4, 5]),
-        references=references, resources=random.choice([1, 1, 2]),
+        timing, stations=stations + newcomers, num_hosts=HOSTS if wide else stations + references, newcomers=newcomers,
+        history=wide and random.random() < 0.2, references=references, resources=random.choice([1, 1, 2]),
         faults=random.choice([0.0, 1.0, 3.0]) * timing.fence, duration=4 * timing.dead_after(timing.stored) * (
             0.5 if timing.is_sanlock else 1.0), weather=weather, late=late,
     )  # fmt: skip
@@ -108,20 +121,37 @@ class Scenario:
         self.margin = self.plan.timing.margin
         self.stations: list[Station] = []
         self.references: list[Reference] = []
+        self.numbers = self._numbers()
         self._areas()
         self._hosts()
+
+    def _numbers(self) -> list[int]:
+        """Draw the host ids; newcomers come first, and have the highest."""
+        numbers = list(range(1, self.plan.num_hosts + 1))
+        self.random.shuffle(numbers)
+        del numbers[self.plan.stations + self.plan.references :]
+        if self.plan.newcomers:
+            numbers.sort()
+            numbers = numbers[-self.plan.newcomers :] + numbers[: -self.plan.newcomers]
+        return numbers
 
     def _areas(self) -> None:
         timing = self.plan.timing
         area, first = fresh_lockspace(GEOMETRY, SPACE, timing.stored, timing.delta_version)
-        space = bytearray(area[: SECTORS * SECTOR])
-        space[:SECTOR] = first
-        self.world.areas["lockspace"] = space
-        hosts = self.plan.stations + self.plan.references
+        self.world.areas["lockspace"] = bytearray(first + area[SECTOR:])
         self.resources = [f"image{number}" for number in range(self.plan.resources)]
         for resource in self.resources:
-            lease = fresh_lease(GEOMETRY, SPACE, resource.encode(), hosts, timing.lease_version)
-            self.world.areas[resource] = bytearray(lease[: SECTORS * SECTOR])
+            lease = fresh_lease(GEOMETRY, SPACE, resource.encode(), self.plan.num_hosts, timing.lease_version)
+            self.world.areas[resource] = bytearray(self._with_history(lease) if self.plan.history else lease)
+
+    def _with_history(self, lease: bytes) -> bytes:
+        """Return a lease that is older than its lockspace: a host that was never there since has a proposal in it."""
+        ghost = self.random.choice(sorted(set(range(1, self.plan.num_hosts + 1)) - set(self.numbers)))
+        number, old = GEOMETRY.max_hosts * self.random.randint(0, 3) + ghost, self.random.randint(1, 3)
+        ahead = 1 if self.plan.references else self.random.randint(1, 6)  # sanlock waits for ever for those between
+        block = Dblock(number, number, ghost, old, 1 + self.random.randrange(100), lver=ahead)
+        sector, start = encode_host_sector(block, NONE, SECTOR), GEOMETRY.host_offset(ghost)
+        return lease[:start] + sector + lease[start + SECTOR :]
 
     def _hosts(self) -> None:
         random, world, timing = self.random, self.world, self.plan.timing
@@ -135,9 +165,13 @@ class Scenario:
         self.habits.wait = random.choice([0.1, 0.7])
         if self.plan.late:
             self.habits.data_late, self.habits.data_late_for = 0.02, 3 * timing.dead_after(timing.stored)
-        numbers = list(range(1, self.plan.stations + self.plan.references + 1))
-        random.shuffle(numbers)
-        for index, number in enumerate(numbers):
+        self.habits.look_cost = random.choice([0, MIB])
+        weather = self.plan.weather
+        if not (self.plan.faults or self.plan.references or weather.slow or weather.hiccup or weather.write_error):
+            # Where no write comes late or fails: one that does could make a good leader of what was retired.
+            self.habits.retire = 0.1 * (self.seed % 2)
+        self.habits.num_hosts = random.choice([1, self.plan.num_hosts])
+        for index, number in enumerate(self.numbers):
             rate, offset = 1 + DRIFT * (2 * random.random() - 1), random.random() * 1000
             if index < self.plan.stations:
                 self.stations.append(
@@ -147,8 +181,9 @@ class Scenario:
                 self.references.append(
                     Reference(world, number, rate, offset, timing.stored, self.habits, self.checker, self.counts)
                 )
-        for machine in [*self.stations, *self.references]:
-            world.at(random.random() * timing.renewal, machine.boot)
+        for index, machine in enumerate([*self.stations, *self.references]):
+            late = index < self.plan.newcomers
+            world.at(random.random() * (0.9 * self.plan.duration if late else timing.renewal), machine.boot)
 
     def run(self) -> None:
         """Let it happen.  Raises `Violation`."""
@@ -242,6 +277,17 @@ class Scenario:
 
 def simulate(seed: int, *, trace: bool = False) -> Result:
     """Run a seed."""
+    collects = gc.isenabled()
+    gc.disable()  # next to nothing is to be found before the end, and much to be looked through
+    try:
+        return _simulate(seed, trace)
+    finally:
+        if collects:
+            gc.enable()
+        gc.collect()
+
+
+def _simulate(seed: int, trace: bool) -> Result:
     began = time.perf_counter()
     scenario = Scenario(seed, trace=trace)
     failure = ""
@@ -258,5 +304,5 @@ def simulate(seed: int, *, trace: bool = False) -> Result:
     return Result(
         seed, failure, world.now, hosts, time.perf_counter() - began, world.steps, checker.grants, checker.takeovers,
         checker.data, checker.late, counts.joins, counts.resumes, counts.lost, counts.crashes, counts.confirmed, counts.refused,
-        counts.probes, bool(scenario.references), world.trace or [],
+        counts.retired, counts.probes, bool(scenario.references), world.trace or [],
     )  # fmt: skip

@@ -16,13 +16,13 @@ from lockfs_paxos_lease.engine.errors import BadArea, Clash, EngineError, Held, 
 from lockfs_paxos_lease.engine.lease import Lease, Mode
 from lockfs_paxos_lease.engine.membership import Membership
 from lockfs_paxos_lease.engine.timing import Timing
-from lockfs_paxos_lease.format.size import Geometry
 
 from sim.checker import Checker, Session
+from sim.geometry import Small
 from sim.world import Machine, World
 
 SPACE = b"simulated"
-GEOMETRY = Geometry()
+GEOMETRY = Small()
 
 
 @dataclass
@@ -30,12 +30,18 @@ class Habits:
     """What the VMs of a cluster do: seconds and probabilities."""
 
     resources: list[str]
+    num_hosts: int = 1
+    """What hosts guess leases are made for."""
     think: float = 1.0
     hold: float = 3.0
     write_every: float = 0.25
     share: float = 0.25
     convert: float = 0.2
     wait: float = 0.3
+    retire: float = 0.0
+    """Probability that a lease is retired instead of given back."""
+    look_cost: int = 0
+    """`Census.look_cost`: 0 has hosts look at the lockspace where that shortens any read."""
     data_latency: float = 0.01
     data_slow: float = 0.05
     data_slow_for: float = 1.0
@@ -66,6 +72,7 @@ class Counts:
     confirmed: int = 0
     refused: int = 0
     trouble: int = 0
+    retired: int = 0
     probes: int = 0
     probing: int = 0
     """Probes that go on."""
@@ -154,11 +161,12 @@ class Station(Machine):
 
     def _begin(self, membership: Membership, *, adopt: bool) -> None:
         self.membership = membership
+        membership.census.look_cost = self.habits.look_cost
         self.leases = {}
         self._save()
         for resource in self.habits.resources:
             random = Random(self.world.random.getrandbits(32))
-            lease = Lease(resource.encode(), membership, random, num_hosts=1)
+            lease = Lease(resource.encode(), membership, random, self.habits.num_hosts)
             self.leases[resource] = lease
             self.world.start(self, self._worker(resource, lease, random, adopt), lease=resource)
 
@@ -202,7 +210,7 @@ class Station(Machine):
         try:
             if adopt:
                 yield from self._take_up(resource, lease, random)
-            while self.leases.get(resource) is lease:
+            while self.leases.get(resource) is lease and resource not in self.checker.retired:
                 if self.busy:
                     yield Sleep(random.expovariate(1 / self.habits.think))
                     yield from self._use(resource, lease, random)
@@ -221,6 +229,8 @@ class Station(Machine):
                     return
             except (StorageTrouble, BadArea):
                 self.counts.trouble += 1
+            if lease.name.decode() in self.checker.retired:
+                return
             if lease.untidy:
                 again = lease.tidy
             elif lease.mode is None and what == lease.release:
@@ -301,10 +311,22 @@ class Station(Machine):
         yield from self._drain(use)
         if self.uses.get(resource) is not use:
             return
+        if self.habits.retire and lease.mode is Mode.EXCLUSIVE and random.random() < self.habits.retire:
+            yield from self._retire(resource, lease, use)
+            return
         self.checker.end(use.session)
         del self.uses[resource]
         self.world.note(f"host {self.number} gives {resource} back")
         yield from self._insist(lease, lease.release)
+
+    def _retire(self, resource: str, lease: Lease, use: Use) -> Generator[Any, Any, None]:
+        """Have nobody get it any more; where the storage is well, that succeeds."""
+        self.world.note(f"host {self.number} retires {resource}")
+        yield from lease.retire()
+        if self.uses.get(resource) is use:
+            self.checker.retire(use.session)
+            self.counts.retired += 1
+            del self.uses[resource]
 
     def _convert(self, lease: Lease, use: Use) -> Generator[Any, Any, None]:
         mode = Mode.EXCLUSIVE if lease.mode is Mode.SHARED else Mode.SHARED
@@ -428,10 +450,12 @@ class Station(Machine):
                     yield from lease.release()
                 except Held as held:
                     reason = str(held)
-                    if not self.checker.books[held.host_id].careful:
+                    if held.host_id in self.checker.books and not self.checker.books[held.host_id].careful:
                         break  # sanlock leaves such leases behind; its next acquire gets them
                 except EngineError as error:
                     reason = str(error)
+                    if isinstance(error, BadArea) and resource in self.checker.retired:
+                        break
                 else:
                     self.counts.probes += 1
                     self.counts.probing -= 1

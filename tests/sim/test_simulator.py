@@ -18,7 +18,7 @@ from sim.mutants import Mutant
 from sim.reference import Reference
 from sim.scenario import Result, simulate
 from sim.station import GEOMETRY, SPACE, Counts, Habits
-from sim.world import NEVER, SECTOR, SECTORS, Machine, Weather, World
+from sim.world import NEVER, SECTOR, Machine, Weather, World
 
 SEEDS = range(60)
 CLAIMS = range(60)
@@ -36,7 +36,8 @@ def _run(story: Callable[[int], Result], seeds: range) -> list[Result]:
 
 def test_seeds() -> None:
     results = _run(simulate, SEEDS)
-    for what in "grants", "takeovers", "resumes", "lost", "crashes", "confirmed", "data", "late", "probes", "refused":
+    for what in ("grants", "takeovers", "resumes", "lost", "crashes", "confirmed", "data", "late", "probes", "refused",
+                 "retired"):  # fmt: skip
         assert sum(getattr(result, what) for result in results) > 0, f"nothing came of '{what}'"
     assert any(result.mixed for result in results)
 
@@ -161,8 +162,8 @@ def test_sanlock_hosts_alone_share_a_lease() -> None:
     checker = Checker(world)
     world.watcher = checker
     area, first = fresh_lockspace(GEOMETRY, SPACE, 1)
-    world.areas["lockspace"] = bytearray(first + area[SECTOR : SECTORS * SECTOR])
-    world.areas["image"] = bytearray(fresh_lease(GEOMETRY, SPACE, b"image", 2)[: SECTORS * SECTOR])
+    world.areas["lockspace"] = bytearray(first + area[SECTOR:])
+    world.areas["image"] = bytearray(fresh_lease(GEOMETRY, SPACE, b"image", 2))
     habits = Habits(["image"], share=0.3)
     hosts = [Reference(world, number, 1.0, 100.0, 1, habits, checker, Counts()) for number in (1, 2)]
     for host in hosts:

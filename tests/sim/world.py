@@ -17,7 +17,9 @@ from lockfs_paxos_lease.engine import actions
 
 SECTOR = 512
 SECTORS = 32
-"""Sectors of each area that exist; what lies behind reads as zeros."""
+"""Sectors of each area."""
+HOSTS = SECTORS - 2
+"""The highest host id."""
 NEVER = float("inf")
 
 
@@ -70,7 +72,7 @@ class Machine:
         return self.offset + self.world.now * self.rate
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Pending:
     """A write under way."""
 
@@ -78,7 +80,7 @@ class Pending:
     dropped: bool = False
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Task:
     """An operation, or a program of several, on one machine; `lease` is the area that `Area.LEASE` means."""
 
@@ -116,11 +118,14 @@ class World:
 
     def run(self, until: float) -> None:
         """Let everything happen up to a time."""
-        heap = self._heap
-        while heap and heap[0][0] <= until:
-            self.now, _, what, args = heapq.heappop(heap)
-            self.steps += 1
-            what(*args)
+        heap, pop, steps = self._heap, heapq.heappop, 0
+        try:
+            while heap and heap[0][0] <= until:
+                self.now, _, what, args = pop(heap)
+                steps += 1
+                what(*args)
+        finally:
+            self.steps += steps
         self.now = until
 
     def run_while(self, until: float, wanted: Callable[[], bool]) -> None:
@@ -152,11 +157,12 @@ class World:
             action = task.program.throw(error) if error is not None else task.program.send(result)
         except StopIteration:
             return
-        if isinstance(action, actions.Sleep):
+        kind = type(action)
+        if kind is actions.Sleep:
             self.at(self.now + max(action.seconds, 0.0) / machine.rate, self._resume, task, None, None)
-        elif isinstance(action, actions.Read):
+        elif kind is actions.Read:
             self._read(task, action)
-        elif isinstance(action, actions.Write):
+        elif kind is actions.Write:
             weather = self.weather
             if weather.hiccup and machine.careful and self.random.random() < weather.hiccup:
                 machine.paused_until = max(machine.paused_until, self.now + self.random.random() * weather.hiccup_for)
@@ -198,14 +204,14 @@ class World:
             self.at(ends, self._resume, task, bytes(area[start : start + length]), None)
             return
         # What of the area is seen now, and what later, is a matter of luck.
-        cut = start + SECTOR * self.random.randrange(min(length, len(area)) // SECTOR + 1)
+        cut = start + SECTOR * self.random.randrange(length // SECTOR + 1)
         head = bytes(area[start:cut])
         self.at(self.now + (ends - self.now) * self.random.random(), self._sample_rest, task, action, ends, cut, head)
 
     def _sample_rest(self, task: Task, action: actions.Read, ends: float, cut: int, head: bytes) -> None:
         area = self.areas[self._area(task, action.area)]
         data = head + bytes(area[cut : action.offset + action.length])
-        self.at(ends, self._resume, task, data.ljust(action.length, b"\0"), None)
+        self.at(ends, self._resume, task, data, None)
 
     def _write(self, task: Task, action: actions.Write) -> None:
         machine = task.machine

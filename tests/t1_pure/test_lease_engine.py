@@ -62,7 +62,7 @@ def test_ios_of_leases(bench: Bench) -> None:
     lease = bench.lease(bench.joined(1))
     other = bench.lease(bench.joined(2))
     assert bench.run(lease.acquire(EX)) == 1
-    assert bench.shape == "RWRWRW"
+    assert bench.shape == "rRWRWRW", "a look at who there is, since the one before has been too long ago"
     with pytest.raises(Held) as held:
         bench.run(other.acquire(EX))
     assert held.value.host_id == 1

@@ -395,6 +395,19 @@ def test_the_sectors_that_are_used(sectors: set[int], at: int) -> None:
     assert list(scan.used(bytes(area), 512)) == sorted(sectors)
 
 
-def test_areas_of_different_sizes_are_not_compared() -> None:
-    with pytest.raises(ValueError, match="1024 and 512"):
-        list(scan.differing(bytes(1024), bytes(512), 512))
+@given(st.lists(st.tuples(st.integers(1, 300), st.dictionaries(st.integers(0, 299), st.integers(0, 2))), max_size=5))
+def test_what_has_changed_since_the_last_look(looks: list[tuple[int, dict[int, int]]]) -> None:
+    """Looks of all lengths, which cross the borders of the pieces that are compared at once."""
+    memory, known = scan.Memory(512), [0] * 300
+    for sectors, values in looks:
+        there = [values.get(number, known[number]) for number in range(sectors)]
+        area = b"".join(bytes([value]).rjust(512, b"\0") for value in there)
+        assert memory.take(area) == [number for number in range(sectors) if there[number] != known[number]]
+        known[:sectors] = there
+
+
+@given(st.sets(st.integers(0, 299)), st.integers(0, 300), st.integers(0, 300), st.sets(st.integers(0, 299)))
+def test_the_last_sector_that_is_another(others: set[int], first: int, end: int, odd: set[int]) -> None:
+    area = b"".join(bytes([number in others or 2 * (number in odd)]).rjust(512, b"\0") for number in range(300))
+    found = scan.last(area, bytes(512), first, end, lambda number: number in others)
+    assert found == max((number for number in others if first <= number < end), default=-1)

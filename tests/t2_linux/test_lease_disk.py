@@ -13,8 +13,10 @@ from typing import Any
 
 import pytest
 import trio
+import trio.testing
 from lockfs_paxos_lease import driver
 from lockfs_paxos_lease.disk.area import AreaIO, open_area
+from lockfs_paxos_lease.disk.call import Steps, call
 from lockfs_paxos_lease.disk.file import DiskFile, Disks
 from lockfs_paxos_lease.disk.lane import Lane, Overdue
 from lockfs_paxos_lease.engine.actions import (
@@ -309,6 +311,66 @@ async def test_a_file_whose_open_hangs_is_closed_when_it_opens(path: Path, troub
     await until(lambda: not trouble.waiting and len(os.listdir("/proc/self/fd")) <= before)
 
 
+async def test_a_file_that_opens_after_its_area_was_closed_is_closed_at_once(path: Path, trouble: Trouble) -> None:
+    before = set(os.listdir("/proc/self/fd"))
+    area = AreaIO(lambda: trouble.open(str(path)), Lane(1), driver.boottime, "area")
+    with pytest.raises(IOFailed, match="it is not open"):
+        await area.read(0, SECTOR, LATER)
+    trouble.hangs = lambda what, _: what == "open"
+    with pytest.raises(IOTimeout, match="cannot open it"):
+        await area.open(SOON)
+    await area.close()
+    trouble.heal()
+    await until(lambda: not trouble.waiting)
+    await until(lambda: not area.lane.busy)
+    assert set(os.listdir("/proc/self/fd")) == before
+    assert area.identity == (0, 0)
+
+
+async def test_when_close_returns_the_file_is_closed(path: Path, trouble: Trouble) -> None:
+    """Also where somebody has been cancelled in a call that is still under way, and does not hang."""
+    area = await area_on(trouble, path)
+    file = area._file._below  # type: ignore[attr-defined]
+    trouble.hangs = lambda what, _: what == "read"
+    with trio.move_on_after(SOON):
+        await area.read(0, SECTOR, LATER)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(area.close)
+        await trio.testing.wait_all_tasks_blocked()
+        os.fstat(file.fd)
+        trouble.heal()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(file.fd)
+
+
+@pytest.mark.parametrize("hangs", [True, False])
+async def test_close_waits_for_the_thread_that_closes_unless_it_hangs(
+    path: Path, trouble: Trouble, monkeypatch: pytest.MonkeyPatch, hangs: bool
+) -> None:
+    monkeypatch.setattr("lockfs_paxos_lease.disk.area.CLOSE_TIMEOUT", SOON if hangs else LATER)
+    area, well = await area_on(trouble, path), threading.Event()
+    file = area._file._below  # type: ignore[attr-defined]
+    real = file.close
+
+    def close() -> None:
+        well.wait()
+        real()
+
+    file.close = close
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(area.close)
+        await trio.testing.wait_all_tasks_blocked()
+        assert nursery.child_tasks
+        if not hangs:
+            well.set()
+    if hangs:
+        os.fstat(file.fd)
+        well.set()
+        await until(lambda: not area.lane.busy)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(file.fd)
+
+
 async def test_one_storage_that_hangs_delays_no_other(path: Path, storage: Path, trouble: Trouble) -> None:
     well = Trouble()
     hung, fine = await area_on(trouble, path, threads=2), await area_on(well, path, threads=2)
@@ -450,4 +512,95 @@ async def test_an_operation_that_a_thread_has_ended_has_its_result_also_if_it_is
             return "held"
 
         assert await driver.run(operation(), {Area.LEASE: area}) == "held"
+    await area.close()
+
+
+async def test_an_operation_settles_when_a_write_that_it_gave_up_has_ended(path: Path, trouble: Trouble) -> None:
+    area = await area_on(trouble, path)
+    trouble.hangs = lambda what, _: what == "write"
+
+    def operation() -> Operation[list[str]]:
+        seen = []
+        for action in (Write(Area.LEASE, 0, b"\x88" * SECTOR, SOON, NEVER), Settle(Area.LEASE, SOON)):
+            try:
+                yield action
+            except IOTimeout as error:
+                seen.append(str(error))
+        trouble.heal()
+        yield Settle(Area.LEASE, LATER)
+        return [*seen, (yield Read(Area.LEASE, 0, SECTOR, LATER)).hex()[:2]]
+
+    wrote, settled, there = await driver.run(operation(), {Area.LEASE: area})
+    assert "cannot write: no answer within" in wrote
+    assert "an earlier write still hangs" in settled
+    assert there == "88"
+    await area.close()
+
+
+# Calls between I/Os ------------------------------------------------------------------------------
+
+
+async def test_calls_and_ios_that_follow_each_other_are_made_by_one_thread(path: Path, trouble: Trouble) -> None:
+    area, other = await area_on(trouble, path), Lane(2)
+
+    def operation() -> Steps[set[int]]:
+        threads = {(yield from call(threading.get_ident, LATER, other))}
+        yield Settle(Area.LEASE, LATER)  # nothing is under way
+        yield Write(Area.LEASE, 0, bytes(SECTOR), LATER, NEVER)
+        threads.add((yield from call(threading.get_ident, LATER, area.lane)))
+        yield Read(Area.LEASE, 0, SECTOR, LATER)
+        threads.add(threading.get_ident())
+        with contextlib.suppress(LookupError):
+            yield from call(lambda: {}["what it raises"], LATER, other)
+        return threads
+
+    threads = await driver.run(operation(), {Area.LEASE: area}, area.lane)
+    assert len(threads) == 1
+    assert threading.get_ident() not in threads
+    assert [other.let_in() for _ in range(3)] == [True, True, False], "a guest has not left"
+    await area.close()
+
+
+@pytest.mark.parametrize("cancelled", [True, False])
+async def test_a_call_that_hangs_is_left_behind_and_undone(path: Path, trouble: Trouble, cancelled: bool) -> None:
+    area, other, well = await area_on(trouble, path), Lane(1), threading.Event()
+    undone: list[bool] = []
+
+    def operation() -> Steps[str]:
+        with pytest.raises(Overdue, match="no answer within"):
+            yield from call(well.wait, LATER if cancelled else SOON, other, undone.append)
+        yield Read(Area.LEASE, 0, SECTOR, LATER)
+        return "read"
+
+    with trio.move_on_after(SOON if cancelled else LATER) as scope:
+        assert await driver.run(operation(), {Area.LEASE: area}, area.lane) == "read"
+    assert scope.cancelled_caught is cancelled
+    assert (area.lane.busy, undone) == (1, [])
+    reads = trouble.calls.count(("read", str(path)))
+    well.set()
+    await until(lambda: not area.lane.busy)
+    assert undone == [True]
+    assert trouble.calls.count(("read", str(path))) == reads, "the thread that was left behind went on"
+    assert other.let_in()
+    await area.close()
+
+
+async def test_no_more_guests_hang_than_a_lane_has_threads(path: Path, trouble: Trouble) -> None:
+    area, other, well = await area_on(trouble, path, threads=8), Lane(2), threading.Event()
+    overdue: list[bool] = []
+
+    def operation() -> Steps[None]:
+        try:
+            yield from call(well.wait, SOON, other)
+        except Overdue as error:
+            overdue.append(error.begun)
+
+    for _ in range(6):
+        await driver.run(operation(), {}, area.lane)
+    # Two as guests, two in threads of that lane; for the others there was none.
+    assert overdue == [True] * 4 + [False] * 2
+    assert (area.lane.busy, other.busy) == (2, 2)
+    assert await area.read(0, SECTOR, LATER)
+    well.set()
+    await until(lambda: not area.lane.busy and not other.busy)
     await area.close()

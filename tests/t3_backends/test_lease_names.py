@@ -11,7 +11,7 @@ import pytest
 from lockfs_paxos_lease.naming import Naming
 from t3_backends.stations import Open, station
 
-from lockfs.backend import Busy, Grant, Image
+from lockfs.backend import Image
 from lockfs.errors import LockUnavailable, MountError
 
 NAME = "user.lockfs.lease"
@@ -89,41 +89,6 @@ async def test_a_name_that_changes_while_its_lease_is_got_is_seen(
         os.setxattr(storage / "img", NAME, b"named")
         await a.release(grant)
         await b.release(await b.acquire())
-
-
-async def test_a_lease_whose_file_was_removed_meanwhile_is_got_anew(
-    host: Callable[..., Open], storage: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As by who removes leases that nobody needs: the file that was opened is not the lease any more."""
-    async with host()("host-a") as a, host()("host-b") as b:
-        await a.release(await a.acquire())
-        (lease,) = (storage / ".lockfs" / "leases").glob("i-*.lease")
-        real = Naming.of
-        calls = 0
-
-        async def of(self: Naming, image: Image) -> str:
-            nonlocal calls
-            calls += 1
-            name = await real(self, image)
-            if calls == 1:
-                find = a.backend._place.find_or_create  # type: ignore[attr-defined]
-
-                async def find_and_lose(name: str) -> object:
-                    area = await find(name)
-                    if calls == 1:
-                        lease.unlink()
-                    return area
-
-                patched.setattr(a.backend._place, "find_or_create", find_and_lose)  # type: ignore[attr-defined]
-            return name
-
-        with monkeypatch.context() as patched:
-            patched.setattr(Naming, "of", of)
-            grant: Grant = await a.acquire()
-        assert lease.exists()
-        with pytest.raises(Busy, match="host-a"):  # by the file that is there now
-            await b.acquire()
-        await a.release(grant)
 
 
 async def test_an_attribute_that_is_no_name_refuses(host: Callable[..., Open], storage: Path) -> None:

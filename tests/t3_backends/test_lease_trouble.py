@@ -509,22 +509,3 @@ async def test_a_grant_says_no_more_than_there_is_when_it_could_not_be_weakened(
         await b.release(other)
         await a.backend.convert(grant, Mode.EXCLUSIVE, a.holder(Mode.EXCLUSIVE))
         await a.release(grant)
-
-
-async def test_who_is_cancelled_while_the_card_is_written_has_no_lock_that_nobody_knows(host: Open) -> None:
-    async with host("host-a") as (a, _), host("host-b") as (b, _):
-        backend = a.backend
-        assert isinstance(backend, PaxosBackend)
-        with trio.CancelScope() as scope:
-            cards = backend._people._cards
-            real = cards.write
-
-            def write(*arguments: object) -> None:
-                trio.from_thread.run_sync(scope.cancel)
-                real(*arguments)  # type: ignore[arg-type]
-
-            cards.write = write  # type: ignore[method-assign]
-            grant = await a.acquire()
-        assert [held.grant for held in backend._in_use.all()] == [grant]
-        await a.release(grant)
-        await b.release(await b.acquire())

@@ -86,7 +86,7 @@ async def test_two_hosts_make_and_use_leases_on_a_volume(device: str, storage: P
         places_of: dict[str, set[int]] = {}
 
         async def create(host: Station, name: str) -> None:
-            area = await volume(host).find_or_create(name)
+            area = await volume(host).lease(name)
             places_of.setdefault(name, set()).add(area._start)
             await area.close()
 
@@ -130,7 +130,7 @@ async def test_sanlock_reads_what_we_make_and_we_what_it_makes(
         options = {"leases": device, "takeover": "sanlock", "io_timeout": "1"}
         async with station("host-a", storage, "paxos-lease", options, run_dirs=tmp_path / "r") as a:
             await daemon.add_lockspace(space, 1)
-            await (await volume(a).find_or_create("ours")).close()
+            await (await volume(a).lease("ours")).close()
             index = Rindex(b"SAN", Disk(path, MIB))
             assert await daemon.lookup(index, Rentry(b"ours")) == Rentry(b"ours", 3 * MIB)
             assert (await daemon.read_resource(Disk(path, 3 * MIB))).name == b"ours"

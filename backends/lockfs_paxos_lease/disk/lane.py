@@ -2,7 +2,9 @@
 
 A thread in a system call cannot be stopped.  So who waits for one waits no longer than the limit; the thread goes on by
 itself, keeps its place in the lane until it comes back, and undoes what nobody waits for any more.  A hung storage
-costs a lane's threads and nothing else: another lane has others.
+costs a lane's threads and nothing else: another lane has others.  A thread that is at work for one lane may make a call
+of another one in passing, as its guest; a lane has no more guests than threads, so what hangs there costs no other lane
+more than that.
 
 Whether an abandoned call had begun is known for certain: one that has not begun never will.
 
@@ -111,6 +113,7 @@ class Lane:
 
     def __init__(self, threads: int) -> None:
         self._limiter = trio.CapacityLimiter(threads)
+        self._rooms = threading.BoundedSemaphore(threads)
 
     @property
     def busy(self) -> int:
@@ -144,24 +147,13 @@ class Lane:
             return result
         raise Overdue(begun, timeout)
 
-    async def soon(self, work: Callable[[], object], timeout: float) -> None:
-        """Have *work* done in a thread, and do not wait for that; only for a thread, as long as *timeout*."""
-        me, token = object(), trio.lowlevel.current_trio_token()
-        try:
-            self._limiter.acquire_on_behalf_of_nowait(me)
-        except trio.WouldBlock:
-            with trio.move_on_after(timeout) as scope:
-                await self._limiter.acquire_on_behalf_of(me)
-            if scope.cancelled_caught:
-                raise Overdue(False, timeout) from None
+    def let_in(self) -> bool:
+        """Let the thread of another lane make a call here, until `let_out`; False if too many do.  In any thread."""
+        return self._rooms.acquire(blocking=False)
 
-        def deliver(_: object) -> None:
-            try:
-                token.run_sync_soon(self._limiter.release_on_behalf_of, me)
-            except trio.RunFinishedError:
-                pass  # nobody is left who could want it
-
-        trio.lowlevel.start_thread_soon(work, deliver)
+    def let_out(self) -> None:
+        """A guest has come back.  In any thread."""
+        self._rooms.release()
 
     async def series(self, series: Series) -> bool:
         """Run a series in a thread, or raise what it raises.  Return False if a call in it was abandoned as overdue.

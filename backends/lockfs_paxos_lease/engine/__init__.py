@@ -9,6 +9,7 @@ Nothing here imports trio or os, sleeps, or looks at a clock of its own; `engine
 `hosts`        what this host has seen of the others: the watch, and who is dead
 `records`      the records of a lockspace on the disk
 `membership`   this host's own delta lease: join, resume, renew, leave
+`census`       how far host ids are in use, and so how far a lease has to be read
 `ballot`       one ballot of disk paxos
 `area`         the records of a lease on the disk
 `owner`        whether the owner of a lease is still there

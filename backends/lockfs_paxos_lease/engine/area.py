@@ -23,6 +23,7 @@ class LeaseArea:
         self.membership = membership
         self.geometry = membership.geometry
         self.timing = membership.timing
+        self._census = membership.census
         self._num_hosts = num_hosts or membership.geometry.max_hosts
 
     def quiet(self) -> Operation[None]:
@@ -40,11 +41,48 @@ class LeaseArea:
             leader = self._checked(area)
             covered, self._num_hosts = self._num_hosts, leader.num_hosts
             if self.geometry.ballot_bytes(leader.num_hosts) <= self.geometry.ballot_bytes(covered):
+                self._census.note(self.name, leader, area)
                 return leader, area
 
+    def read_used(self) -> Operation[tuple[Leader, bytes]]:
+        """Return the leader, checked, and an area that holds it and all host sectors that can say anything.
+
+        It shows what `read_all` would have shown: see `engine.census`.
+        """
+        census, me = self._census, self.membership.host_id
+        if not census.is_current(self.membership.clock()) and census.is_look_worthwhile(self.name, self._num_hosts, me):
+            try:
+                yield from self.membership.look()
+            except StorageTrouble:
+                pass  # then the lease is read as a whole, if it can be
+        if census.is_known(self.name) and census.is_current(self.membership.clock()):
+            bound = census.bound(self.name, self._num_hosts, me)
+            area = yield from self._read(0, census.length(bound, self._num_hosts), Code.DBLOCK_READ, "lease")
+            leader = self._checked(area)
+            if not census.is_another(self.name, leader) and self._is_enough(bound, leader.num_hosts):
+                self._num_hosts = leader.num_hosts
+                census.follow(self.name, leader)
+                return leader, area
+        return (yield from self.read_all())
+
     def read_ballot(self, num_hosts: int) -> Operation[bytes]:
-        """Return what a ballot looks at: the area up to the sector of the last host."""
+        """Return what a ballot looks at, after `read_used`: all host sectors that can say anything."""
+        census = self._census
+        if census.is_known(self.name) and census.is_current(self.membership.clock()):
+            bound = census.bound(self.name, num_hosts, self.membership.host_id)
+            area = yield from self._read(0, census.length(bound, num_hosts), Code.DBLOCK_READ, "ballot blocks")
+            if self._is_enough(bound, num_hosts):
+                return area
         return (yield from self._read(0, self.geometry.ballot_bytes(num_hosts), Code.DBLOCK_READ, "ballot blocks"))
+
+    def _is_enough(self, bound: int, num_hosts: int) -> bool:
+        """Say whether a read that has ended now, up to host id *bound*, has shown all that there can be."""
+        census = self._census
+        return bound >= num_hosts or (
+            census.is_known(self.name)
+            and census.is_current(self.membership.clock())
+            and census.bound(self.name, num_hosts, self.membership.host_id) <= bound
+        )
 
     def read_leader(self) -> Operation[Leader]:
         """Return the leader, checked."""
@@ -54,6 +92,7 @@ class LeaseArea:
         """Write the leader, with a right checksum, unless *not_after* or our own lease has passed."""
         sector = leader.encode().ljust(self.geometry.sector, b"\0")
         yield from self._write(0, sector, not_after, Code.LEADER_WRITE, "leader record")
+        self._census.follow(self.name, leader)
 
     def read_host(self, host_id: int) -> Operation[tuple[Dblock, ModeBlock]]:
         """Return what a host's sector says, unchecked."""

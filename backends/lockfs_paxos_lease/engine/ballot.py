@@ -16,8 +16,8 @@ hosts of both kinds mix:
   has zeroed its block, as sanlocks do, nothing else may tell who was too slow that the version is settled long since.
 * A block with a bad checksum makes the ballot fail (sanlock skips it): it may be the one whose value counts.
 
-All blocks of host ids 1 to `num_hosts` are read, never fewer: whoever has such an id may have proposed without our
-knowing that it exists.  How far that is says the leader record, so a lease made for few hosts is cheap to take.
+All blocks of host ids 1 to `num_hosts` count, whoever has them.  Not read are those of which it is certain that they
+say nothing, as nobody has had such an id long enough to have proposed anything: `engine.census`.
 """
 
 from __future__ import annotations

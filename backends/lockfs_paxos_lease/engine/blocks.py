@@ -35,18 +35,14 @@ class Blocks:
         self._num_hosts = num_hosts
         self._host_id = host_id
         self._floor = floor
-        self._area = b""
+        self._memory = scan.Memory(geometry.sector)
 
     def look(self, area: bytes) -> dict[int, tuple[Dblock, ModeBlock]]:
         """Take in what was read of the lease from its start, and return `counting`.  Raises `BadArea`."""
         size, last = self._geometry.sector, self._num_hosts + _FIRST
-        if len(self._area) != len(area):
-            self._area = bytes(len(area))
-            self.counting.clear()
-        for number in scan.differing(area, self._area, size):
+        for number in self._memory.take(area):
             if _FIRST <= number < last:
                 self._take(number + 1 - _FIRST, area, number * size)
-        self._area = area
         return self.counting
 
     def _take(self, host_id: int, area: bytes, start: int) -> None:

@@ -64,7 +64,7 @@ class Hosts:
         self._space = space
         self._geometry = geometry
         self._timing = timing
-        self._seen = b""
+        self._memory: scan.Memory | None = None
         self._slots: dict[int, Slot] = {}
         self._confirmed: dict[int, tuple[int, int]] = {}
         self._first = 0.0
@@ -83,9 +83,12 @@ class Hosts:
         if not self.covered:
             self._first = now
         self._looks += 1
-        common = min(len(area), len(self._seen))
-        changed = [number + 1 for number in scan.differing(area[:common], self._seen[:common], size)]
-        changed += self._used(area, common // size + 1)
+        last = self._geometry.max_hosts
+        if self._memory is None:
+            number = min(len(area) // size, last) - 1
+            blank = b"" if self._is_known(area, number) else area[number * size : (number + 1) * size]
+            self._memory = scan.Memory(size, blank)
+        changed = [number + 1 for number in self._memory.take(area) if number < last and self._is_known(area, number)]
         self.last_check = began
         callers: list[int] = []
         events: list[Event] = []
@@ -101,19 +104,14 @@ class Hosts:
                             host_id, leader.owner_generation, leader.write_id, leader.write_generation,
                             leader.write_timestamp,
                         ))  # fmt: skip
-        self._seen = area  # of what a shorter look leaves out the next long one decodes the used records again
         self.covered = max(self.covered, min(len(area) // size, self._geometry.max_hosts))
         return callers, events
 
-    def _used(self, area: bytes, first: int) -> list[int]:
-        """Return the host ids from *first* on that were ever used; most were not, so nothing is decoded."""
-        size = self._geometry.sector
-        last = min(len(area) // size, self._geometry.max_hosts)
-        return [
-            host_id
-            for host_id, start in zip(range(first, last + 1), range((first - 1) * size, last * size, size), strict=True)
-            if area[start + 32 : start + 48] != _NOTHING or area[start + 152 : start + 160] != _NO_TIME
-        ]
+    def _is_known(self, area: bytes, number: int) -> bool:
+        """Say whether a host id was ever used; most were not, so nothing is decoded."""
+        start = number * self._geometry.sector
+        used = area[start + 32 : start + 48] != _NOTHING or area[start + 152 : start + 160] != _NO_TIME
+        return used or number + 1 in self._slots
 
     def _take(self, host_id: int, sector: bytes, now: float) -> bool:
         slot = self._slots.get(host_id)

@@ -133,7 +133,7 @@ class Lease:
         """Become the owner.  On return the leader and our own block say so."""
         shared_tries = 0
         for _ in range(MAX_ROUNDS + SHARED_TRIES):
-            cur, area = yield from self.area.read_all()
+            cur, area = yield from self.area.read_used()
             if attempt.version and cur.lver != attempt.version:
                 yield from self._withdraw(cur)
                 what = f"the lease has version {cur.lver}, not {attempt.version}"

@@ -8,7 +8,7 @@ Invariants:
 * Nothing is written to the lockspace before every earlier write of this process has ended.
 
 One `Membership` is one incarnation.  `renew` is to be run by one task, at `next_renewal`; leases look at `check` and
-`valid_until`, and nothing else in here.
+`valid_until`, and at who else there is (`hosts`, `census`, `look`), and nothing else in here.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from lockfs_paxos_lease.engine.actions import Clock, DiskError, NotIssued, Operation, Sleep
+from lockfs_paxos_lease.engine.census import Census
 from lockfs_paxos_lease.engine.errors import NO_LOCKSPACE, Clash, Lost, StorageTrouble
 from lockfs_paxos_lease.engine.hosts import Event, Hosts
 from lockfs_paxos_lease.engine.records import Records
@@ -60,6 +61,7 @@ class Membership:
         self.name = name
         self.clock = clock
         self.hosts = Hosts(space, geometry, timing)
+        self.census = Census(space, geometry, timing)
         self._records = Records(space, geometry, timing)
         self.host_id = 0
         self.generation = 0
@@ -259,6 +261,7 @@ class Membership:
         offset = self.geometry.delta_offset(self.host_id)
         self._verify(area[offset : offset + self.geometry.sector])
         callers, events = self.hosts.observe(area, started, seen, self.host_id)
+        self.census.take(area, started)
         self._looks += 1
         yield from self._write_renewal()
         return Renewal(callers, events, seen - started, self.clock() - seen)
@@ -356,6 +359,12 @@ class Membership:
                 raise Clash(Code.ACQUIRE_ID_LIVE, f"host {name} (id {host_id}) has just renewed its lease: it lives",
                             there.resource_name)  # fmt: skip
         self.hosts.confirm(host_id, first.owner_generation, first.timestamp)
+
+    def look(self) -> Operation[None]:
+        """See how far host ids are in use, between two renewals.  Raises `StorageTrouble`."""
+        began = self.clock()
+        area = yield from self._records.look(self.geometry.align)
+        self.census.take(area, began)
 
     def read_host(self, host_id: int) -> Operation[Leader]:
         """Return the record of a host, checked in full.  Raises `BadArea`, `StorageTrouble`."""

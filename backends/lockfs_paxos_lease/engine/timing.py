@@ -112,6 +112,14 @@ class Timing:
         """Return how long a new claim must stand before it is believed."""
         return self.settle or 2 * ((stored & _MASK) or self.io_timeout)
 
+    @property
+    def quickest(self) -> float:
+        """The least that any host of the lockspace waits between the claim of a free host id and its first use.
+
+        By sanlock's rules 2 io_timeout, of a host that is not known yet: that is at least 1.
+        """
+        return self.settle or 2.0
+
     def stamp(self, now: float) -> int:
         """Return the time *now* as a record has it; never 0, which says *free*."""
         return max(1, int(now * self.units))

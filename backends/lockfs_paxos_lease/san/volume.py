@@ -13,16 +13,19 @@ import random
 import stat
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Protocol, TypeVar
 
 import trio
 
 from lockfs import text
 from lockfs.errors import LockUnavailable, MountError
-from lockfs_paxos_lease.disk.area import AreaIO, open_area
+from lockfs_paxos_lease import driver
+from lockfs_paxos_lease.disk.area import AreaIO
+from lockfs_paxos_lease.disk.call import Steps, call
 from lockfs_paxos_lease.disk.file import Storage
 from lockfs_paxos_lease.disk.lane import Lane, Overdue
-from lockfs_paxos_lease.engine.actions import Clock, DiskError, Operation
+from lockfs_paxos_lease.engine.actions import Area, Clock, DiskError, Operation, read
 from lockfs_paxos_lease.engine.errors import EngineError, Held
 from lockfs_paxos_lease.engine.lease import Lease, Mode
 from lockfs_paxos_lease.engine.membership import Membership
@@ -32,7 +35,7 @@ from lockfs_paxos_lease.format import names, rindex
 from lockfs_paxos_lease.format.errors import BadRecord
 from lockfs_paxos_lease.format.fresh import cleared_lease, fresh_lease
 from lockfs_paxos_lease.format.leader import PAXOS_MAGIC, Leader
-from lockfs_paxos_lease.place import FILE_TIMEOUT, LEASE_THREADS, LOCKSPACE_THREADS, Space, always, hosts_of
+from lockfs_paxos_lease.place import FILE_TIMEOUT, LEASE_THREADS, LOCKSPACE_THREADS, Space, hosts_of
 from lockfs_paxos_lease.san.index import Index, is_used
 
 GUARD_PATIENCE = 6.0
@@ -128,17 +131,16 @@ class LeaseVolume:
             self._places[name] = offset
         return offset
 
-    async def find_or_create(self, name: str) -> AreaIO:
-        """Open the area of a lease, and make it if there is none."""
-        found = await self.find(name)
-        if found is not None:
-            return found
-        async with self._guard() as index:
-            offset = index.find(name.encode())
-            if offset is None:
-                offset = await self._make(index, name)
-        self._places[name] = offset
-        return await self._area(offset, name)
+    async def lease(self, name: str) -> AreaIO:
+        """Return the area of a lease, not open yet; make it if there is none."""
+        offset = await self.offset_of(name)
+        if offset is None:
+            async with self._guard() as index:
+                offset = index.find(name.encode())
+                if offset is None:
+                    offset = await self._make(index, name)
+            self._places[name] = offset
+        return self._closed_area(offset, name, self._lane)
 
     async def delete(self, name: str) -> bool:
         """Remove a lease that nobody has; return False if there is none.  Raises `LockUnavailable`, `Held`."""
@@ -174,12 +176,9 @@ class LeaseVolume:
         hosts = hosts_of(self._timing, space.geometry)
         return cleared_lease(space.geometry, space.name, name.encode(), now, hosts, self._timing.lease_version)
 
-    async def is_current(self, name: str, area: AreaIO, also: Callable[[], bool] = always) -> bool:
-        """Ask *also*: a lease that was deleted says so itself, and none is deleted while it is in use."""
-        try:
-            return await self._lane.call(also, FILE_TIMEOUT)
-        except Overdue as error:
-            raise LockUnavailable(f"cannot look at the lease {name}: {error}") from error
+    def is_current(self, name: str, area: AreaIO) -> bool:
+        """Say yes: a lease that was deleted says so itself, and none is deleted while it is in use."""
+        return True
 
     async def close(self) -> None:
         """Nothing stays open but areas."""
@@ -288,12 +287,24 @@ class LeaseVolume:
             await area.write(offset, data, self._timing.io_timeout, membership.valid_until)
 
     async def _is_lease(self, offset: int, name: str) -> bool:
-        area = await self._area(offset, name)
+        area = self._closed_area(offset, name, self._lane)
+
+        def look() -> Steps[bytes]:
+            yield from call(area.open_now, FILE_TIMEOUT, area.lane)
+            sector = yield from read(Area.LEASE, 0, _PAGE, self._timing.io_timeout)
+            yield from call(area.close_now, FILE_TIMEOUT, area.lane)
+            return sector
+
         try:
             with self._explained("read a lease"):
-                leader = Leader.decode(await area.read(0, _PAGE, self._timing.io_timeout))
+                leader = Leader.decode(await driver.run(look(), {Area.LEASE: area}))
+        except OSError as error:
+            raise LockUnavailable(f"cannot open {self.where}: {error.strerror}") from error
+        except Overdue as error:
+            raise LockUnavailable(f"cannot open {area.where}: {error}") from error
         finally:
-            await area.close()
+            with trio.CancelScope(shield=True):
+                await area.close()
         return leader.magic == PAXOS_MAGIC and names.same(leader.resource_name, name.encode())
 
     # Parts -----------------------------------------------------------------------------------
@@ -305,16 +316,21 @@ class LeaseVolume:
         return self._space
 
     async def _area(self, offset: int, what: str, lane: Lane | None = None) -> AreaIO:
+        area = self._closed_area(offset, what, lane or self._lane)
         try:
-            area = await open_area(
-                self._storage, lane or self._lane, self._clock, self._path, start=offset, timeout=FILE_TIMEOUT
-            )
-        except OSError as error:
-            raise LockUnavailable(f"cannot open {self.where}: {error.strerror}") from error
-        except DiskError as error:
-            raise LockUnavailable(str(error)) from error
-        area.where = f"{self.where}:{offset} ({text.from_bytes(what.encode())})"
+            await area.open(FILE_TIMEOUT)
+        except BaseException as error:
+            area.give_up()
+            if isinstance(error, OSError):
+                raise LockUnavailable(f"cannot open {self.where}: {error.strerror}") from error
+            if isinstance(error, DiskError):
+                raise LockUnavailable(str(error)) from error
+            raise
         return area
+
+    def _closed_area(self, offset: int, what: str, lane: Lane) -> AreaIO:
+        where = f"{self.where}:{offset} ({text.from_bytes(what.encode())})"
+        return AreaIO(partial(self._storage.open, self._path), lane, self._clock, where, offset)
 
     def _explained(self, what: str) -> _Explained:
         return _Explained(f"cannot {what} of {self.where}")

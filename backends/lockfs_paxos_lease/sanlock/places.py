@@ -90,7 +90,7 @@ class InDirectory:
 
     async def find_or_create(self, name: str) -> Disk:
         """Return the file of a lease, made if it was not there."""
-        await (await self._directory.find_or_create(name)).close()
+        await self._directory.make(name)
         return await self._given(self._directory.lease_file(name))
 
     async def close(self) -> None:
