@@ -60,6 +60,10 @@ LOCKD: tuple[str, ...] = (
     "lockd.before-adopted-record",
     "lockd.after-adopted-record",
     "lockd.before-obeyed",
+    "lockd.before-vault-put",
+    "lockd.after-vault-put",
+    "lockd.before-vault-drop",
+    "lockd.after-vault-drop",
 )
 """Those of lockd."""
 
@@ -71,7 +75,22 @@ HANDOVER = (
 )
 """Those of a mount daemon that hands over to a new lockd what it holds."""
 
-STEPS = (*MOUNT_DAEMON, *LOCKD, *HANDOVER)
+REVIVAL = (
+    "revival.before-inheritance",
+    "revival.after-inheritance",
+    "revival.before-successor",
+)
+"""Those of a lockd that finds a mount whose daemon has died together with the last lockd."""
+
+VAULT = (
+    "vault.before-answer",
+    "vault.after-answer",
+    "vault.before-start",
+    "vault.after-start",
+)
+"""Those of the vault."""
+
+STEPS = (*MOUNT_DAEMON, *LOCKD, *HANDOVER, *REVIVAL, *VAULT)
 
 _directory = os.environ.get(ENVIRONMENT)
 

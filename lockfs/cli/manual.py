@@ -19,7 +19,7 @@ ENVIRONMENT: Mapping[str, str] = {
     "LOCKFS_LOG_LEVEL": "from what level on daemons log, such as DEBUG (default: INFO)",
     "LOCKFS_IDLE_EXIT": "seconds after which lockd leaves when nothing is mounted; 0: never (default: 10)",
     "LOCKFS_RESTARTS": "how many times in a row lockd starts a mount daemon again that dies; 0: never (default: 10)",
-    "LOCKFS_HANG": "seconds without a sign of life after which a mount daemon, or lockd, counts as hung (default: 5)",
+    "LOCKFS_HANG": "seconds without a sign of life after which a daemon of lockfs counts as hung (default: 5)",
     "LOCKFS_KERNEL": "off: mounts do without the kernel module of lockfs, and all data goes through their daemons",
 }
 """Each variable that the programs look at, but for those of tests."""
@@ -29,6 +29,7 @@ FILES: Mapping[str, str] = {
     "/run/lockfs": "the run directory",
     "/run/lockfs/lockd.sock": "where lockd serves: varlink, interface io.lockfs.Lockd",
     "/run/lockfs/lockd.state": "what lockd's successor has to know",
+    "/run/lockfs/vault.sock": "where the vault serves lockd",
     "/run/lockfs/log/lockd.log": "the log, where there is no journal",
     "SOURCE/.lockfs": "what hosts tell each other: notes about holders, leases; the mount does not show it",
 }
@@ -169,6 +170,9 @@ def _lockd() -> Page:
         One lockd runs for each host. The first mount starts it, or systemd does by its socket, and it leaves when the
         last mount is gone. It holds the locks by a backend, keeps what a mount daemon needs to be started again, and
         fences images. If it dies, the mounts start another one, and hand over what they hold.
+
+        Beside it runs the vault, a small process that keeps copies of descriptors, so that nobody notices if lockd and
+        a mount daemon die at the same time. It starts lockd where no mount does, and leaves together with it.
         """
     )
     page.section("Signals")

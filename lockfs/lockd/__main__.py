@@ -23,6 +23,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run lockd; return the exit code."""
     arguments = _parse(argv)
     ready_fd: int | None = arguments.ready_fd
+    if ready_fd is not None:
+        os.set_inheritable(ready_fd, False)  # who waits for its end waits for that of this process alone
 
     def tell(error: LockfsError | None = None) -> None:
         nonlocal ready_fd

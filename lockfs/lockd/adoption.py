@@ -64,8 +64,10 @@ class Adoption:
 
     def finish(self, mounted: Mounted) -> None:
         """The mount has said all: what it has not mentioned it does not hold."""
+        mounted.share.vault.settle_mount(mounted.mount_id)
         claim = self._claims.get(mounted.mount_id)
         if claim is None:
+            mounted.is_whole()
             return
         dropped = 0
         for (dev, ino), image in list(claim.images.items()):
@@ -78,6 +80,7 @@ class Adoption:
             dropped += 1
         mounted.handed_over = True
         if not mounted.adopting:
+            mounted.is_whole()
             self._claims.settle(claim)
         log.info("%s has come back, and holds %d images%s", mounted.mount.mountpoint,
                  len(self._table.held_by(mounted)),
@@ -91,6 +94,8 @@ class Adoption:
         """
         held = claim.images[identity]
         share = ghost.share
+        if not self._claims.shares(claim, identity):
+            await self._table.clear_heirloom(identity)
         relative = text.to_bytes(held.image.relative)
         number = await trio.to_thread.run_sync(_open_image, share.top.number, relative, identity)
         fd = Descriptor(number, share.storage.closer)
@@ -105,6 +110,7 @@ class Adoption:
                 if lock.grant is None:
                     lock.grant = await share.backend.acquire(image, mode, holder)
                     lock.fd, lock.mount, lock.since = fd, ghost, holder.since
+                    lock.keep()
                 self._put(lock, ghost, image, message, held.holds)
                 self._claims.settle_image(claim, identity)
 
@@ -145,6 +151,7 @@ class Adoption:
                 if claim is not None:
                     self._claims.settle_image(claim, identity)
                     if mounted.handed_over and not mounted.adopting:
+                        mounted.is_whole()
                         self._claims.settle(claim)
             if any(lock.blocker(by.owner.key, Mode(by.mode)) for by in held.holds):
                 self._fencer.lose_lock(lock, "two owners have it")
@@ -179,7 +186,9 @@ class Adoption:
         lock.grant, lock.fd, lock.mount = grant, fd, mounted
         lock.since = min((by.since for by in (*held.holds, *before.values()) if by.since), default=time.time())
         step("lockd.after-adoption")
-        if not lock.backed:
+        if lock.backed:
+            lock.keep()
+        else:
             self._fencer.lose_lock(lock, "its lock was gone when lockd came back")
 
     def _put(

@@ -13,6 +13,7 @@ import trio
 
 from lockfs.linux.closer import Closer
 from lockfs.lockd.descriptor import Descriptor
+from lockfs.lockd.state import AttachedAs
 from lockfs.lockd.threads import Threads
 from lockfs.protocol.messages import Attach, DataPath
 
@@ -33,7 +34,7 @@ class Attachment:
     data: DataPath
     root: Descriptor
     fuse: Descriptor
-    process: Descriptor
+    process: Descriptor | None
     namespace: Descriptor
     resumable: bool
     requests: Threads
@@ -59,10 +60,26 @@ class Attachment:
         requests, drains = Threads(nursery, THREADS), Threads(nursery, THREADS)
         return cls(call.dev, call.data, root, fuse, daemon, view, call.resumable, requests, drains, closer)
 
+    @classmethod
+    def inherited(
+        cls, said: AttachedAs, fuse: int, root: int, namespace: int, pid: int, nursery: trio.Nursery
+    ) -> Attachment:
+        """Make one from what the vault has kept of a mount.  *pid* is its daemon, which is dying; 0 if it is dead."""
+        closer = Closer(f"mount {os.major(said.dev)}:{os.minor(said.dev)}")
+        try:
+            process = Descriptor(os.pidfd_open(pid), closer) if pid else None
+        except OSError:
+            process = None
+        return cls(
+            said.dev, said.data, Descriptor(root, closer), Descriptor(fuse, closer), process,
+            Descriptor(namespace, closer), True, Threads(nursery, THREADS), Threads(nursery, THREADS), closer,
+        )  # fmt: skip
+
     def succeed(self, pid: int) -> None:
         """Take note of a successor of the mount daemon, which waits for our answer.  Raises OSError."""
         before, self.process = self.process, Descriptor(os.pidfd_open(pid), self.closer)
-        before.close()
+        if before is not None:
+            before.close()
 
     @contextmanager
     def until_closed(self) -> Iterator[trio.CancelScope]:
@@ -80,7 +97,8 @@ class Attachment:
         daemon: who waits for an answer from it must not wait for us.
         """
         with ExitStack() as kept:
-            for each in (self.root, self.process, *([self.fuse] if self.data == "passthrough" else [])):
+            process = [self.process] if self.process is not None else []
+            for each in (self.root, *process, *([self.fuse] if self.data == "passthrough" else [])):
                 kept.enter_context(each.in_use())
             yield
 
@@ -89,7 +107,8 @@ class Attachment:
         for scope in list(self.scopes):
             scope.cancel()
         for each in (self.fuse, self.root, self.process, self.namespace):
-            each.close()
+            if each is not None:
+                each.close()
 
     def connection_has_ended(self) -> bool:
         """Say whether the kernel has ended the connection: it was aborted, or is mounted nowhere any more."""
@@ -99,6 +118,8 @@ class Attachment:
 
     def kill_daemon(self) -> None:
         """Send SIGKILL to the mount daemon."""
+        if self.process is None:
+            return
         try:
             signal.pidfd_send_signal(self.process.number, signal.SIGKILL)
         except ProcessLookupError:
@@ -106,6 +127,8 @@ class Attachment:
 
     def daemon_has_died(self) -> bool:
         """Say whether the mount daemon has ended, with all its threads."""
+        if self.process is None:
+            return True
         poll = select.poll()
         poll.register(self.process.number, select.POLLIN)
         return bool(poll.poll(0))

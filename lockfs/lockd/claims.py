@@ -94,6 +94,10 @@ class Claims:
     def _holds(self, mount_id: str, identity: Identity) -> list[HeldBy]:
         return list(self._claims[mount_id].images[identity].holds.values())
 
+    def shares(self, claim: Claim, identity: Identity) -> bool:
+        """Say whether others than this mount may hold an image, too."""
+        return self._by_image.get(identity, set()) > {claim.mount_id}
+
     def is_lost(self, identity: Identity) -> bool:
         """Say whether the predecessor was fencing an image."""
         return any(self._claims[mount_id].images[identity].lost for mount_id in self._by_image.get(identity, ()))
@@ -120,6 +124,15 @@ class Claims:
         """Wait until all claims are settled; for ever where some of what the predecessor wrote cannot be read."""
         while self._claims or self._blind_until:
             await self._changed.wait()
+
+    async def changed(self) -> None:
+        """Return when one of them is settled, or holds less."""
+        await self._changed.wait()
+
+    @property
+    def blind(self) -> bool:
+        """Say whether some of what the predecessor wrote cannot be read."""
+        return self._blind_until > 0
 
     def orphan(self, claim: Claim) -> None:
         """The daemon of this mount is dead, and its connection with it."""

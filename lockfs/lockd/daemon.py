@@ -15,7 +15,8 @@ import os
 import resource
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import trio
 
@@ -28,6 +29,7 @@ from lockfs.lockd.claims import Claims
 from lockfs.lockd.connection import Connection
 from lockfs.lockd.events import Events
 from lockfs.lockd.fence import Fencer
+from lockfs.lockd.heirlooms import Heirlooms
 from lockfs.lockd.recorder import Recorder
 from lockfs.lockd.seat import Seat
 from lockfs.lockd.service import Service
@@ -36,6 +38,7 @@ from lockfs.lockd.statefile import StateFile
 from lockfs.lockd.succession import Succession
 from lockfs.lockd.table import Table
 from lockfs.lockd.upgrade import Version
+from lockfs.lockd.vault import Vault
 
 STOP_TIMEOUT = 5.0
 """Seconds that calls under way may take when lockd is told to stop; a storage that hangs must not keep it."""
@@ -63,6 +66,7 @@ class Daemon:
         self._idle = trio.Event()
         self._closer = Closer("lockd")
         self._seat = Seat(run_dir, service_manager.inherited())
+        self._vault = Vault(run_dir, idle_exit)
 
     async def run(self, ready: Callable[[], None]) -> None:
         """Serve until a signal says stop, or nobody needs it; call *ready* once it serves.
@@ -72,22 +76,28 @@ class Daemon:
         await self._seat.take()
         state = statefile.read(self._run_dir)
         log.info("lockd of host %s serves in %s", self._host, self._run_dir)
+        await self._vault.open()
         async with trio.open_nursery() as background:
             events = Events()
             file = StateFile(self._run_dir, self._host, state)
             recorder = Recorder(file)
             claims = Claims(state, self._host)
-            table = Table(events, recorder, claims)
+            heirlooms = Heirlooms(background, self._vault, claims)
+            table = Table(events, recorder, claims, heirlooms)
             fencer = Fencer(background, table, events)
             succession = Succession(table, claims, Adoption(table, claims, fencer, recorder, self._host), recorder)
-            shares = Shares(background, table, fencer, events, recorder, succession, self._host, self._run_dir)
+            shares = Shares(
+                background, table, fencer, events, recorder, succession, self._host, self._run_dir, self._vault
+            )  # fmt: skip
 
             async def replace(version: Version) -> None:
                 await upgrade.check(version, self._run_dir, shares, claims)
                 background.start_soon(self._replace_soon, version)
 
             service = Service(table, shares, fencer, succession, events, self._run_dir, replace)
+            heirlooms.begin()
             succession.begin(background, shares)
+            background.start_soon(self._vault.keep, partial(_everything, self._vault, shares, table))
             async with trio.open_nursery() as nursery:
                 stop = nursery.cancel_scope.cancel
                 # Before the socket is there: who can reach lockd can also stop it in an orderly way.
@@ -95,10 +105,11 @@ class Daemon:
                 nursery.start_soon(self._accept, self._seat.listen(), service)
                 nursery.start_soon(self._watchdog)
                 if self._idle_exit is not None:
-                    nursery.start_soon(self._leave_when_idle, claims, self._idle_exit, stop)
+                    nursery.start_soon(self._leave_when_idle, shares, claims, self._idle_exit, stop)
                 ready()
                 service_manager.notify(READY=1, STATUS=f"serves {self._run_dir}", MAINPID=os.getpid())
             background.cancel_scope.cancel()
+        self._vault.close()
         file.close()
 
     # Connections ------------------------------------------------------------------------------
@@ -152,10 +163,10 @@ class Daemon:
                     log.error("SIGHUP: %s", error)
             service_manager.notify(STOPPING=1)
             log.info("%s: lockd stops", signal.Signals(number).name)
-            await self._end_well(shares)
+            await self._end_well(shares, claims)
             stop()
 
-    async def _end_well(self, shares: Shares) -> None:
+    async def _end_well(self, shares: Shares, claims: Claims) -> None:
         # Whoever stops all at once tells us and the mount daemons at the same time.
         with trio.move_on_after(LEAVE_TIMEOUT):
             while shares.mounts or shares.leaving:  # noqa: ASYNC110 - once, for half a second at most
@@ -167,6 +178,13 @@ class Daemon:
         if shares.mounts:
             log.warning("lockd stops while %d mounts need it; they keep the locks they have", len(shares.mounts))
         self._seat.close()
+        lives = any(not each.absent for each in shares.mounts.values())
+        if lives or any(not each.orphaned for each in claims.all()):
+            for mounted in shares.mounts.values():
+                if mounted.absent:
+                    self._vault.forget(mounted.mount_id)
+        else:
+            await self._vault.end()
         killer = threading.Timer(STOP_TIMEOUT, _end_at_once)
         killer.daemon = True
         killer.start()
@@ -187,7 +205,7 @@ class Daemon:
             await trio.sleep(seconds / 3)
 
     async def _leave_when_idle(
-        self, claims: Claims, seconds: float, stop: Callable[[], None]
+        self, shares: Shares, claims: Claims, seconds: float, stop: Callable[[], None]
     ) -> None:
         while True:
             while self._connections:
@@ -196,12 +214,26 @@ class Daemon:
             # A connection that comes and goes meanwhile starts the time anew.
             seen = self._accepted
             await trio.sleep(seconds)
-            if claims:
-                continue  # mounts of the last lockd may come back, or have left writers behind
+            if claims or shares.mounts:
+                continue  # mounts of the last lockd may come back, get a successor, or have left writers behind
             if self._accepted == seen and not self._connections and self._seat.try_to_leave():
                 log.info("nobody has needed lockd for %g s: it ends", seconds)
+                await self._vault.end()
                 stop()
                 return
+
+
+def _everything(vault: Vault, shares: Shares, table: Table) -> Iterator[tuple[str, Sequence[int]]]:
+    """Yield all that a vault is to keep; last of all that it is all."""
+    whole = {key: fds for key, fds in vault.inherited.items() if key.startswith("whole/")}
+    yield from ((key, fds) for key, fds in vault.inherited.items() if key not in whole)
+    yield from table.kept()
+    for mounted in shares.mounts.values():
+        yield from mounted.all_kept()
+    yield from whole.items()
+    for mounted in shares.mounts.values():
+        if mounted.whole:
+            mounted.is_whole()
 
 
 def _end_at_once() -> None:

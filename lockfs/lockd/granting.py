@@ -82,7 +82,9 @@ class Granting:
                     await _give_back(backend, grant)
                 return False
             lock.grant, lock.fd, lock.mount, lock.since = grant, ask.fd, ask.mounted, ask.holder.since or time.time()
+            lock.keep()
             self._tell("acquired", lock, ask.holder)
+            await lock.share.vault.flushed()
         elif lock.grant.mode is Mode.SHARED and ask.mode is Mode.EXCLUSIVE:
             await backend.convert(lock.grant, Mode.EXCLUSIVE, ask.holder)
             if job.given_up():
@@ -112,6 +114,7 @@ class Granting:
         else:
             await _tell_fenced(backend, lock.grant)
         self._tell("released", lock, None)
+        lock.keep_no_more()
         if lock.fd is not None:
             lock.fd.close()
         lock.grant, lock.fd, lock.mount, lock.lost, lock.backed = None, None, None, False, True

@@ -20,6 +20,7 @@ import trio
 from lockfs.backend import Grant, Holder, Mode
 from lockfs.lockd.descriptor import Descriptor
 from lockfs.lockd.share import Mounted, Share
+from lockfs.vault.wire import lock_key
 
 Key = tuple[int, int, int]
 """Device and inode number; before them 0, or the number of a share that excludes nobody."""
@@ -89,6 +90,23 @@ class Lock:
     def idle(self) -> bool:
         """True if nothing would be forgotten with it."""
         return not (self.holds or self.grant or self.users or self.overdue)
+
+    def keep(self) -> None:
+        """Have the vault keep what the grant lives in: from now on the lock outlives this lockd and the mounts."""
+        if self.grant is not None and self.fd is not None and self.share.backend.excludes:
+            self.share.vault.put(lock_key(*self.key[1:]), self.kept)
+
+    def keep_no_more(self) -> None:
+        """Have the vault close what it keeps for the grant."""
+        if self.fd is not None and self.share.backend.excludes:
+            self.share.vault.drop(lock_key(*self.key[1:]))
+
+    @property
+    def kept(self) -> list[int]:
+        """The descriptors that the grant lives in."""
+        if self.grant is None or self.fd is None:
+            return []
+        return [self.fd.number, *self.grant.keep]
 
     def came_back(self) -> None:
         """An overdue call has ended."""

@@ -12,6 +12,7 @@ from lockfs.errors import LockUnavailable
 from lockfs.lockd.descriptor import Descriptor
 from lockfs.lockd.share import Mounted
 from lockfs.protocol.wire import MAX_FDS
+from lockfs.vault.wire import nameless_key
 
 MOST = 50_000
 """Of one mount; a tenth of the descriptors that lockd may have, which locks need, too."""
@@ -27,13 +28,21 @@ def keep(mounted: Mounted, nodes: Sequence[int], fds: Sequence[int]) -> None:
         if (before := mounted.nameless.get(node)) is not None:
             before.close()
         mounted.nameless[node] = Descriptor(fd, closer)
+        mounted.share.vault.put(nameless_key(mounted.mount_id, node), [fd])
 
 
 def dispose(mounted: Mounted, nodes: Sequence[int]) -> None:
     """Close those of some nodes, where there are any."""
     for node in nodes:
         if (descriptor := mounted.nameless.pop(node, None)) is not None:
+            mounted.share.vault.drop(nameless_key(mounted.mount_id, node))
             descriptor.close()
+
+
+def inherit(mounted: Mounted) -> None:
+    """Keep on what the last lockd has kept, and nobody has entrusted to this one."""
+    for node, fd in mounted.share.vault.take_nameless(mounted.mount_id).items():
+        mounted.nameless[node] = Descriptor(fd, mounted.share.storage.closer)
 
 
 def after(mounted: Mounted, last: int) -> tuple[list[int], list[int]]:

@@ -1,5 +1,8 @@
-"""Mounts of the last lockd whose daemon has died too: their connection has ended, and no error stops who has files of
-them open.  Data that bypasses the daemon is written on, and nobody has a lock for it any more.
+"""Mounts of the last lockd whose daemon has died too.
+
+Where the vault has kept what that takes, another daemon goes on.  If it has died as well, the connection has ended, and
+no error stops who has files of the mount open.  Data that bypasses the daemon is written on, and nobody has a lock for
+it any more.
 
 So before anything is granted, all processes are looked through (`lockfs.linux.holders`) for those that can still write.
 Each image that one of them can write to stays refused, in its name, until the last of them has closed it; or they are
@@ -13,6 +16,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -30,9 +34,12 @@ from lockfs.lockd.recorder import Recorder
 from lockfs.lockd.share import Mounted
 from lockfs.lockd.state import Identity, ImageState, MountIs
 from lockfs.lockd.table import Table
+from lockfs.protocol import hung
 
 FIRST_PAUSE, LAST_PAUSE = 0.1, 1.0
 """Seconds between two looks at all processes."""
+ABSENCE = hung.HANG + 2.0
+"""Seconds for a daemon that lives to come back, which takes well under one: then it hangs, as one that was stopped."""
 FSTYPE = "fuse.lockfs"
 
 log = logging.getLogger(__name__)
@@ -52,6 +59,12 @@ class Places(Protocol):
 
     async def free(self, ghost: Mounted, locks: Sequence[Lock]) -> None:
         """Free locks of a dead mount."""
+
+    def is_kept(self, mount_id: str) -> bool:
+        """Say whether there is what `revive` takes."""
+
+    async def revive(self, claim: Claim) -> bool:
+        """Have a successor go on with a dead mount; return False if what that takes is not there."""
 
     async def bury(self, claim: Claim) -> None:
         """Forget a dead mount."""
@@ -92,8 +105,17 @@ class Orphans:
 
     async def _follow(self, claim: Claim) -> None:
         """Wait for the mount to come back, or its daemon to die; then see to it that nothing more is written."""
-        await _end_of_daemon(claim.mount.mount)
-        if self._claims.get(claim.mount_id) is claim and not self._places.is_back(claim.mount_id):
+        with trio.move_on_after(ABSENCE) as absence:
+            await _end_of_daemon(claim.mount.mount)
+        if self._claims.get(claim.mount_id) is not claim or self._places.is_back(claim.mount_id):
+            return
+        if absence.cancelled_caught:
+            if self._places.is_kept(claim.mount_id):
+                _kill_daemon(claim.mount.mount)
+            await _end_of_daemon(claim.mount.mount)
+            if self._claims.get(claim.mount_id) is not claim or self._places.is_back(claim.mount_id):
+                return
+        if not await self._places.revive(claim):
             await self.see_off(claim)
 
     async def see_off(self, claim: Claim) -> None:
@@ -239,6 +261,25 @@ async def _end_of_daemon(mount: MountIs) -> None:
             return  # the number is another's now
         await trio.lowlevel.wait_readable(pidfd)
         _reap(mount.pid)
+    finally:
+        os.close(pidfd)
+
+
+def _kill_daemon(mount: MountIs) -> None:
+    """Kill a daemon that does not come back, if it has not ended: a successor can go on with the mount."""
+    try:
+        pidfd = os.pidfd_open(mount.pid)
+    except ProcessLookupError:
+        return
+    try:
+        if process.of_pid(mount.pid) == process.Process(mount.pid, mount.start):
+            log.error(
+                "the daemon of %s (process %d) has not come back for %g s: it is killed, and another one started",
+                mount.mount.mountpoint, mount.pid, ABSENCE,
+            )  # fmt: skip
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
     finally:
         os.close(pidfd)
 

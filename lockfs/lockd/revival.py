@@ -25,6 +25,7 @@ from lockfs.lockd.attachment import Attachment
 from lockfs.lockd.descriptor import Descriptor
 from lockfs.lockd.share import Mounted
 from lockfs.protocol.messages import Claimed
+from lockfs.steps import step
 
 RESTARTS = int(os.environ.get("LOCKFS_RESTARTS") or 10)
 """How many times in a row a daemon that does not stay alive is started; 0: never."""
@@ -118,6 +119,7 @@ class Revival:
 
     async def _start(self) -> bool:
         """Start one; return whether it serves.  If not, it has ended."""
+        step("revival.before-successor")
         self._token = secrets.token_hex(16)
         try:
             process = await trio.to_thread.run_sync(partial(self._spawn, self._token))
@@ -190,7 +192,8 @@ async def _first(*waits: Callable[[], Awaitable[None]]) -> None:
 
 
 async def _ended(attachment: Attachment) -> None:
-    await _readable(attachment.process.number)
+    if attachment.process is not None:
+        await _readable(attachment.process.number)
 
 
 async def _readable(pidfd: int) -> None:

@@ -117,6 +117,7 @@ class Service:
                 return await self._register(client, request, fds)
             case messages.Attach():
                 self._attach(client, request, fds)
+                await self._shares.secure(self._shares.get(request.mount_id, client.pid))
                 return Answer(messages.Attached())
             case messages.Detach():
                 return Answer(messages.Detached(self._shares.detach(self._shares.get(request.mount_id, client.pid))))
@@ -130,7 +131,7 @@ class Service:
                 return Answer(messages.Claims(self._shares.claim(mounted, request)))
             case messages.Reclaim():
                 mounted = self._shares.get(request.mount_id, client.pid)
-                token, keep = self._table.kept(mounted, request.dev, request.ino)
+                token, keep = self._table.kept_for(mounted, request.dev, request.ino)
                 return Answer(messages.Reclaimed(token), keep)
             case messages.Entrust():
                 self._entrust(client, request, fds)

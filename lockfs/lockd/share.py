@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,9 @@ from lockfs.lockd.descriptor import Descriptor
 from lockfs.lockd.keeper import Keeper
 from lockfs.lockd.orders import Orders
 from lockfs.lockd.storage import Storage
+from lockfs.lockd.vault import Vault
 from lockfs.protocol import messages
+from lockfs.vault.wire import mount_key, nameless_key, whole_key
 
 if TYPE_CHECKING:
     from lockfs.lockd.revival import Revival
@@ -31,7 +33,7 @@ class Share:
     mounts use.
 
     `options` are the parsed options of the backend, `top` a descriptor of the top.  `overdue` makes it a
-    place of storage calls that are about the share as a whole.
+    place of storage calls that are about the share as a whole.  `vault` is that of this host.
     """
 
     dev: int
@@ -42,6 +44,7 @@ class Share:
     top: Descriptor
     backend: Backend
     storage: Storage
+    vault: Vault = field(default_factory=Vault)
     mounts: dict[str, Mounted] = field(default_factory=dict)
     overdue: int = 0
     number: int = field(default_factory=lambda: next(_numbers))
@@ -90,8 +93,9 @@ class Mounted:
     and gets no more locks.  `source` is its source directory.  While a successor of its daemon is being started, there
     is a `revival`; `restarts` counts them, `deaths` how often in a row one has died soon after it served.  `gone` says
     that the daemon has ended for good; a `keeper` then answers in its place while there may be somebody who can write.
-    `fenced` has the node ids that were fenced.  `handed_over` says that the mount, which had come back, has said all
-    that it holds.  `nameless` is what `lockfs.lockd.nameless` keeps.
+    `fenced` has the node ids that were fenced.  `came_back` says that its daemon has registered it once more, with this
+    lockd, `handed_over` that it has said all that it holds, `whole` that
+    the vault knows all of it.  `nameless` is what `lockfs.lockd.nameless` keeps.
     """
 
     mount_id: str
@@ -100,6 +104,7 @@ class Mounted:
     share: Share
     since: float = field(default_factory=time.time)
     source: Descriptor | None = None
+    came_back: bool = False
     attachment: Attachment | None = None
     detached: bool = False
     gone: bool = False
@@ -108,6 +113,7 @@ class Mounted:
     keeper: Keeper | None = None
     adopting: Adopting = field(default_factory=Adopting)
     handed_over: bool = False
+    whole: bool = False
     revival: Revival | None = None
     restarts: int = 0
     deaths: int = 0
@@ -128,6 +134,26 @@ class Mounted:
         self.keeper.ask_again()
         return self.keeper
 
+    @property
+    def kept(self) -> list[int]:
+        """What the vault is to keep so that a successor of the daemon can be started: see `mount_key`."""
+        there, source = self.attachment, self.source
+        if there is None or source is None or not there.resumable:
+            return []
+        return [there.fuse.number, there.root.number, source.number, there.namespace.number]
+
+    def all_kept(self) -> Iterator[tuple[str, list[int]]]:
+        """Yield all that the vault is to keep of the mount, by key."""
+        if kept := self.kept:
+            yield mount_key(self.mount_id), kept
+            for node, each in self.nameless.items():
+                yield nameless_key(self.mount_id, node), [each.number]
+
+    def is_whole(self) -> None:
+        """All that is held through the mount is kept by the vault from now on, before the mount is told of it."""
+        self.whole = True
+        self.share.vault.put(whole_key(self.mount_id), [])
+
     def detach(self) -> None:
         """Close what lockd keeps of the mount."""
         if self.attachment is not None:
@@ -138,4 +164,5 @@ class Mounted:
         for each in self.nameless.values():
             each.close()
         self.nameless.clear()
+        self.share.vault.forget(self.mount_id)
         self.detached = True

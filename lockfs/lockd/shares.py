@@ -13,6 +13,7 @@ import trio
 
 from lockfs.errors import LockfsError, MountError
 from lockfs.linux import fuseinode
+from lockfs.lockd import nameless
 from lockfs.lockd.aftermath import Aftermath
 from lockfs.lockd.attachment import Attachment
 from lockfs.lockd.claims import Claim
@@ -24,16 +25,22 @@ from lockfs.lockd.recorder import Recorder
 from lockfs.lockd.revival import RESTARTS, Revival, watch
 from lockfs.lockd.share import Mounted, Share
 from lockfs.lockd.sources import Sources
+from lockfs.lockd.state import MountIs
 from lockfs.lockd.storage import STORAGE_TIMEOUT
 from lockfs.lockd.succession import Succession
 from lockfs.lockd.table import Table
+from lockfs.lockd.vault import Vault
 from lockfs.protocol import messages, start
 from lockfs.protocol.errors import UnknownMount
 from lockfs.protocol.varlink import ProtocolError
+from lockfs.steps import step
+from lockfs.vault.wire import mount_key
 
 SETTLERS = 16
 """Locks of a mount that is gone that are given back at once."""
 
+RESTORE_PAUSE = 1.0
+"""Seconds before it is tried again to go on with a mount whose backend does not start."""
 REPLACE_POLL = 0.02
 """Seconds between two looks whether a daemon was replaced."""
 
@@ -56,6 +63,7 @@ class Shares:
         succession: Succession,
         host: str,
         run_dir: str,
+        vault: Vault | None = None,
     ) -> None:
         self.mounts: dict[str, Mounted] = {}
         self.leaving = 0
@@ -67,7 +75,8 @@ class Shares:
         self._recorder = recorder
         self._succession = succession
         self._run_dir = run_dir
-        self._sources = Sources(nursery, table, fencer, succession, host, run_dir)
+        self._vault = vault or Vault()
+        self._sources = Sources(nursery, table, fencer, succession, host, run_dir, self._vault)
 
     def get(self, mount_id: str, pid: int) -> Mounted:
         """Return the mount that process *pid* registered.  Raises `UnknownMount`."""
@@ -107,6 +116,7 @@ class Shares:
         start.remove_journal(self._run_dir, claim.mount_id)
         ghost = self.mounts.pop(claim.mount_id, None)
         if ghost is None:
+            self._vault.forget(claim.mount_id)
             return
         share = ghost.share
         ghost.detach()
@@ -140,7 +150,7 @@ class Shares:
         if mount_id in self.mounts:
             raise MountError(f"{mount.mountpoint} is registered already, by process {self.mounts[mount_id].pid}")
         top = Descriptor(os.dup(source_fd), share.storage.closer)
-        mounted = Mounted(mount_id or secrets.token_hex(8), mount, pid, share, source=top)
+        mounted = Mounted(mount_id or secrets.token_hex(8), mount, pid, share, source=top, came_back=bool(mount_id))
         try:
             self._succession.register(mounted)
         except BaseException:
@@ -159,7 +169,67 @@ class Shares:
         self._recorder.attached(mounted, call.dev, call.data)
         mounted.attachment = Attachment.of(call, root_fd, fuse_fd, mounted.pid, self._nursery)
         if call.resumable and RESTARTS:
+            self._vault.put(mount_key(mounted.mount_id), mounted.kept)
+            if not mounted.came_back:
+                mounted.is_whole()
             self._nursery.start_soon(watch, mounted, mounted.attachment)
+
+    async def secure(self, mounted: Mounted) -> None:
+        """Have the vault keep what is kept of a mount that has just been attached, before it serves."""
+        if mounted.kept and RESTARTS:
+            await self._vault.begun()
+
+    async def revive(self, claim: Claim) -> bool:
+        """Go on with a mount of the last lockd whose daemon has died, too, if the vault has kept what that takes.
+
+        Return when there is a successor, or none is to be; False if the mount cannot be gone on with.
+        """
+        kept = self._vault.inherited.get(mount_key(claim.mount_id))
+        if kept is None or claim.mount.attached is None:
+            return False
+        source = os.dup(kept[2])
+        mount = claim.mount.mount
+        log.info("the daemon of %s died together with the last lockd", mount.mount.mountpoint)
+        try:
+            mounted = await self._restore(mount, source)
+        finally:
+            os.close(source)
+        if mounted is not None:
+            await self.leave(mounted, mounted.pid)
+        return mounted is not None
+
+    def is_kept(self, mount_id: str) -> bool:
+        """Say whether the vault has kept what it takes to go on with a mount of the last lockd."""
+        return mount_key(mount_id) in self._vault.inherited
+
+    async def _restore(self, mount: MountIs, source: int) -> Mounted | None:
+        """Have a mount as it was registered with the last lockd; None if that cannot be."""
+        for _ in range(RESTARTS):
+            try:
+                async with self._sources.shared(mount.mount, source) as share:
+                    top = Descriptor(os.dup(source), share.storage.closer)
+                    mounted = Mounted(mount.mount_id, mount.mount, mount.pid, share, mount.since, top)
+                    self.mounts[mounted.mount_id] = share.mounts[mounted.mount_id] = mounted
+                    return mounted
+            except (LockfsError, OSError) as error:
+                log.error("%s cannot be gone on with: %s", mount.mount.mountpoint, error)
+            await trio.sleep(RESTORE_PAUSE)
+        return None
+
+    def _inherit(self, mounted: Mounted) -> None:
+        """Go on with what the vault has kept of a mount, and its dead daemon has not given to this lockd."""
+        claim = self._succession.claims.get(mounted.mount_id)
+        said = claim.mount.attached if claim is not None else None
+        if said is not None and mounted.attachment is None and not mounted.detached:
+            if (kept := self._vault.take(mount_key(mounted.mount_id))) is None:
+                return
+            fuse, root, source, namespace = kept
+            os.close(source)
+            # The life line of one that had come back has ended, but perhaps not all its threads.
+            pid = mounted.pid if mounted.came_back else 0
+            mounted.attachment = Attachment.inherited(said, fuse, root, namespace, pid, self._nursery)
+            self._nursery.start_soon(watch, mounted, mounted.attachment)
+        nameless.inherit(mounted)
 
     def detach(self, mounted: Mounted) -> bool:
         """Let a mount go that is mounted nowhere any more; return False if its images are still held."""
@@ -255,8 +325,11 @@ class Shares:
             return  # a successor that failed: the revival sees to it
         if pid != mounted.pid:
             return
+        step("revival.before-inheritance")
+        self._inherit(mounted)
         attachment = mounted.attachment
         await self._succession.died(mounted)
+        step("revival.after-inheritance")
         if attachment is not None and attachment.resumable and mounted.source is not None and RESTARTS:
             revival = mounted.revival = Revival(mounted, attachment, mounted.source, self._run_dir)
             if await revival.run():

@@ -26,6 +26,7 @@ from lockfs.lockd.storage import STORAGE_TIMEOUT, Job, Storage
 from lockfs.lockd.succession import Succession
 from lockfs.lockd.table import Table
 from lockfs.lockd.threads import Threads, TooSlow
+from lockfs.lockd.vault import Vault
 from lockfs.protocol import messages
 
 log = logging.getLogger(__name__)
@@ -35,14 +36,16 @@ class Sources:
     """The shares that are open.  Their tasks live in *nursery*; *host* is the name of this host."""
 
     def __init__(
-        self, nursery: trio.Nursery, table: Table, fencer: Fencer, succession: Succession, host: str, run_dir: str
-    ) -> None:
+        self, nursery: trio.Nursery, table: Table, fencer: Fencer, succession: Succession, host: str, run_dir: str,
+        vault: Vault | None = None,
+    ) -> None:  # fmt: skip
         self._nursery = nursery
         self._table = table
         self._fencer = fencer
         self._succession = succession
         self._host = host
         self._run_dir = run_dir
+        self._vault = vault or Vault()
         self._open: dict[Identity, Share] = {}
         self._gates: dict[Identity, trio.Lock] = {}
         self._looks: dict[str, tuple[Threads, Closer]] = {}
@@ -112,7 +115,7 @@ class Sources:
         try:
             context = _context(mount, top.number, values, self._host, self._run_dir)
             backend = await trio.to_thread.run_sync(spec.load, context)
-            share = Share(*identity, mount.source, mount.backend, values, top, backend, storage)
+            share = Share(*identity, mount.source, mount.backend, values, top, backend, storage, self._vault)
             await storage.run(share, partial(_start, backend, top))
         except BaseException:
             top.close()

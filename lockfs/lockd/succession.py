@@ -11,8 +11,11 @@ from lockfs.lockd.claims import Claims
 from lockfs.lockd.orphans import Orphans, Places
 from lockfs.lockd.recorder import Recorder
 from lockfs.lockd.share import Mounted
+from lockfs.lockd.state import Identity
 from lockfs.lockd.table import Table
 from lockfs.protocol.messages import HeldImage
+from lockfs.protocol.wire import close_all
+from lockfs.vault.wire import lock_key
 
 
 class Succession:
@@ -53,19 +56,30 @@ class Succession:
     async def died(self, mounted: Mounted) -> None:
         """The daemon of a mount has died: if it had come back, and had not said all that it holds, look after the rest.
 
-        What lived in its descriptors is gone; so what can still be written to, past the daemon or by way of a
-        successor, is fenced.
+        Locks live on in the descriptors that the vault has kept.  Where there are none, what can still be written to,
+        past the daemon or by way of a successor, is fenced.
         """
         claim, attachment = self.claims.get(mounted.mount_id), mounted.attachment
         if claim is not None and attachment is not None and (attachment.data == "passthrough" or attachment.resumable):
-            rest = [
-                HeldImage(image.image, list(image.holds.values()), lost=image.lost)
-                for identity, image in claim.images.items()
-                if identity not in mounted.adopting
-            ]
-            await self._adoption.take_up(mounted, [(each, -1, []) for each in rest])
+            rest = []
+            for identity, image in claim.images.items():
+                kept = mounted.share.vault.copies(lock_key(*identity))
+                if identity in mounted.adopting or not (kept or image.lost or self._may_be_held(mounted, identity)):
+                    close_all(kept)
+                    continue
+                fd, *keep = kept or [-1]
+                rest.append((HeldImage(image.image, list(image.holds.values()), lost=image.lost), fd, keep))
+            await self._adoption.take_up(mounted, rest)
             self._adoption.finish(mounted)
         await mounted.adopting.done()
+
+    def _may_be_held(self, mounted: Mounted, identity: Identity) -> bool:
+        """Say whether an image may be held through a mount although the vault has no lock of it.
+
+        If the vault was whole, its lock was wanted, and the mount not told that it has it; or it was given back.
+        """
+        share = mounted.share
+        return not share.backend.excludes or not share.vault.is_whole(mounted.mount_id) or self._table.has(identity)
 
     async def gone(self, mounted: Mounted) -> None:
         """A mount is not served any more; return when it is known that nothing of it is left."""

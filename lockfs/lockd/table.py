@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 
 import trio
@@ -24,12 +24,15 @@ from lockfs.lockd.claims import Claims
 from lockfs.lockd.descriptor import Descriptor
 from lockfs.lockd.events import Events
 from lockfs.lockd.granting import Ask, Granting, path_of
+from lockfs.lockd.heirlooms import Heirlooms
 from lockfs.lockd.lock import Key, Lock, Waiter
 from lockfs.lockd.recorder import Recorder
 from lockfs.lockd.share import Mounted, Share
+from lockfs.lockd.state import Identity
 from lockfs.lockd.storage import Job
 from lockfs.protocol.errors import HeldError, NotHeld
 from lockfs.protocol.messages import Claimed, Event, FenceTarget, HolderInfo
+from lockfs.vault.wire import lock_key
 
 LOCAL_GRACE = 0.1
 """Seconds that a conflict on this host may last at least: a RELEASE comes after the close(2) that caused
@@ -45,12 +48,19 @@ log = logging.getLogger(__name__)
 class Table:
     """All locks of this host."""
 
-    def __init__(self, events: Events, recorder: Recorder | None = None, claims: Claims | None = None) -> None:
+    def __init__(
+        self,
+        events: Events,
+        recorder: Recorder | None = None,
+        claims: Claims | None = None,
+        heirlooms: Heirlooms | None = None,
+    ) -> None:
         self.locks: dict[Key, Lock] = {}
         self._events = events
         self._recorder = recorder or Recorder()
         self._granting = Granting(self._recorder, events)
         self._claims = claims
+        self._heirlooms = heirlooms
 
     # Acquire ---------------------------------------------------------------------------------
 
@@ -66,6 +76,7 @@ class Table:
         try:
             if self._claims is not None and lock.share.backend.excludes:
                 await self._claims.clear(lock.key[1:], ask.mode, ask.wait)
+                await self.clear_heirloom(lock.key[1:])
             waiter = lock.enter(ask.owner)
             try:
                 await self._wait_and_take(lock, waiter, ask)
@@ -86,6 +97,11 @@ class Table:
             if lock.fd is not ask.fd:
                 ask.fd.close()
             self.forget_if_idle(lock)
+
+    async def clear_heirloom(self, identity: Identity) -> None:
+        """Return when no lock of the last lockd is in the way.  Raises `LockUnavailable`."""
+        if self._heirlooms is not None:
+            await self._heirlooms.clear(identity)
 
     async def _wait_and_take(self, lock: Lock, waiter: Waiter, ask: Ask) -> None:
         begin = trio.current_time()
@@ -205,12 +221,12 @@ class Table:
             lock.kick()
         return touched
 
-    def kept(self, mounted: Mounted, dev: int, ino: int) -> tuple[int | None, list[int]]:
+    def kept_for(self, mounted: Mounted, dev: int, ino: int) -> tuple[int | None, list[int]]:
         """Return the token of the lock of an image that a mount holds, and the descriptors that it has to keep."""
         lock = self.locks.get(_key(mounted.share, dev, ino))
         if lock is None or lock.grant is None or lock.fd is None or not lock.is_held_by(mounted):
             return None, []
-        return lock.grant.token, [lock.fd.number, *lock.grant.keep]
+        return lock.grant.token, lock.kept
 
     def held_by(self, mounted: Mounted) -> list[Lock]:
         """Return the locks that are held through a mount."""
@@ -245,6 +261,8 @@ class Table:
                     claimed = self._claims.holders(lock.key[1:]) if self._claims is not None else []
                     if claimed:
                         return [HolderInfo.of(each, here=True) for each in claimed]
+                    if share.backend.excludes:
+                        await self.clear_heirloom(lock.key[1:])
                     found = await share.backend.inspect(image)
                     return [] if found is None else [HolderInfo.of(found)]
 
@@ -304,6 +322,17 @@ class Table:
             list(by_path.get(each.path, {}).values()) if each.path else by_inode.get((each.dev, each.ino), [])
             for each in targets
         ]
+
+    def kept(self) -> Iterator[tuple[str, list[int]]]:
+        """Yield what the vault is to keep of all locks, by key."""
+        for lock in self.locks.values():
+            if lock.kept and lock.backed and lock.share.backend.excludes:
+                yield lock_key(*lock.key[1:]), lock.kept
+
+    def has(self, identity: Identity) -> bool:
+        """Say whether there is a lock on an image, of whatever mount."""
+        lock = self.locks.get((0, *identity))
+        return lock is not None and lock.grant is not None
 
     def uses(self, share: Share) -> bool:
         """Say whether there is any lock of this share."""

@@ -15,16 +15,18 @@ HANG = float(os.environ.get("LOCKFS_HANG") or 5)
 """Seconds for a lockd to answer what it does not have to ask anybody for."""
 
 
-def end(run_dir: str) -> int:
-    """Kill the lockd of a run directory; return its process id, 0 if there is none.  Raises OSError."""
-    for pid in _holders(os.path.join(run_dir, LOCKD_LOCK)):
+def end(run_dir: str, lock: str = LOCKD_LOCK) -> int:
+    """Kill the lockd of a run directory, or who else has the flock on *lock* there; return its process id, 0 if there
+    is none.  Raises OSError.
+    """
+    for pid in _holders(os.path.join(run_dir, lock)):
         try:
             pidfd = os.pidfd_open(pid)
         except ProcessLookupError:
             continue
         try:
             # Once more: from now on the number is not another's.
-            if pid in _holders(os.path.join(run_dir, LOCKD_LOCK)):
+            if pid in _holders(os.path.join(run_dir, lock)):
                 signal.pidfd_send_signal(pidfd, signal.SIGKILL)
                 return pid
         except ProcessLookupError:

@@ -147,6 +147,17 @@ class Host:
             return pid
         raise LookupError(f"no lockd runs for {self.name}")
 
+    def vault(self) -> int:
+        """Return the process id of the vault.  Raises LookupError if it does not run."""
+        for pid in self.processes("lockfs.vault"):
+            return pid
+        raise LookupError(f"no vault runs for {self.name}")
+
+    def kill(self) -> None:
+        """End all processes of this host, as its end does, and what they may just have started."""
+        while pids := self.processes():
+            processes.end(pids, signal.SIGKILL, PATIENCE)
+
     def log(self) -> str:
         """Return the logs of all daemons of this host so far."""
         return logs.read(self.run_dir)
@@ -162,6 +173,7 @@ class Host:
         stays = processes.wait_until_gone(self.processes("lockfs.fs"), PATIENCE)
         complaints += [f"runs on without its mount: {processes.describe(pid)}" for pid in stays]
         stays = processes.end(self.processes("lockfs.lockd"), signal.SIGTERM, PATIENCE)
+        stays += processes.end(self.processes("lockfs.vault"), signal.SIGTERM, PATIENCE)
         complaints += [f"did not end on SIGTERM: {processes.describe(pid)}" for pid in stays]
         left = [pid for pid in self.processes() if pid not in stays]
         complaints += [f"left behind: {processes.describe(pid)}" for pid in left]

@@ -36,6 +36,12 @@ class Places:
     async def free(self, ghost: Mounted, locks: Sequence[Lock]) -> None:
         raise AssertionError("there is none")
 
+    def is_kept(self, mount_id: str) -> bool:
+        return False
+
+    async def revive(self, claim: Claim) -> bool:
+        return False
+
     async def bury(self, claim: Claim) -> None:
         self.buried.append(claim.mount_id)
         await self.may_end.wait()

@@ -1,4 +1,4 @@
-"""Both daemons killed at once: what is open past them is written on, and nobody else gets it."""
+"""Both daemons and the vault killed at once: what is open past them is written on, and nobody else gets it."""
 
 from __future__ import annotations
 
@@ -26,10 +26,7 @@ IDLE_EXIT = 0.3
 
 def kill_everything(mount: Mount) -> None:
     """As ``kill -9`` of all that belongs to a host; then unmount what is left."""
-    pids = mount.host.processes()
-    for pid in pids:
-        os.kill(pid, signal.SIGKILL)
-    assert not processes.wait_until_gone(pids, SOON)
+    mount.host.kill()
     assert mounts.umount(mount.path, lazy=True) == ""
     mount.host.mounts.remove(mount)
 

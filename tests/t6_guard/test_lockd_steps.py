@@ -99,7 +99,7 @@ class Scene:
 
 
 ACTS: dict[str, Callable[[Scene], None]] = {
-    **dict.fromkeys([each for each in LOCKD if "hold-record" in each or "backend" in each or "free" in each], Scene.open_and_close),
+    **dict.fromkeys([each for each in LOCKD if "hold-record" in each or "backend" in each or "free" in each or "vault" in each], Scene.open_and_close),
     **dict.fromkeys([each for each in LOCKD if "adopt" in each or "replacement" in each], Scene.restart),
     **dict.fromkeys([each for each in LOCKD if "mount" in each or "attached" in each or "left" in each], Scene.mount_another),
     **dict.fromkeys([each for each in LOCKD if "lost" in each], Scene.fence),

@@ -1,7 +1,8 @@
 """lockd dies, and then a mount daemon at each step of handing over what it holds to the next one.
 
-What lockd has been given by then lives on.  For the rest nobody has kept the lock, and at no moment may two write: who had
-the image open gets errors, or, where no error can reach it, keeps everybody else out.
+The vault has all that it had, and nobody notices.  Where the vault has died, too, what lockd has been given by then lives
+on.  For the rest nobody has kept the lock, and at no moment may two write: who had the image open gets errors, or, where
+no error can reach it, keeps everybody else out.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from t6_guard.ways import HELPERS
 from t6_survival.successors import PATIENCE, wait_for_restart
 
 from lockfs.fs.handover import AT_ONCE
+from lockfs.steps import HANDOVER
 
 BEFORE_CONNECTION = ("handover.before-attach",)
 BEFORE_HOLDS = ("handover.after-attach", "handover.before-holds")
@@ -42,10 +44,13 @@ class Scene:
     asker: Actor
     steps: Path
 
-    def die(self, step: str, passes: int = 0) -> None:
-        """Kill lockd, and have the mount daemon die while it hands over."""
+    def die(self, step: str, passes: int = 0, *, vault: bool = True) -> None:
+        """Kill lockd and, if *vault*, the vault, and have the mount daemon die while it hands over."""
         (self.steps / step).write_text(str(passes) if passes else "")
         daemon, lockd = self.mount.daemon(), self.mount.host.lockd()
+        if vault:
+            os.kill(lockd, signal.SIGSTOP)  # it would start another one
+            os.kill(self.mount.host.vault(), signal.SIGKILL)
         os.kill(lockd, signal.SIGKILL)
         assert not processes.wait_until_gone([lockd, daemon], PATIENCE), f"nobody came to {step}"
         assert not (self.steps / step).exists()
@@ -81,6 +86,19 @@ def lossy(expect_log: Expected) -> None:
     expect_log("nobody has the descriptor that the lock on .* was put on")
     expect_log("lost the lock o[nf] ")
     expect_log("fenced .*: its handles fail")
+
+
+@both
+@pytest.mark.parametrize("step", HANDOVER)
+def test_what_the_vault_has_lives_on(scene: Scene, data: str, step: str) -> None:
+    scene.writer.tell("nameless = os.open(top + '/nameless', os.O_RDWR | os.O_CREAT); os.write(nameless, b'x'); os.unlink(top + '/nameless')")
+    scene.die(step, vault=False)
+    assert scene.writer.tell(WRITE) == "ok"
+    assert scene.refused_everywhere()
+    assert scene.writer.tell("os.pread(fd, 99, 0) == b'newtent' and os.pread(nameless, 9, 0) == b'x' and os.close(nameless) is None")
+    scene.writer.tell("os.close(fd)")
+    for each in (scene.other, scene.mount):
+        wait_until(lambda each=each: scene.opens(each) == "ok", PATIENCE, "the image to be free")
 
 
 @both

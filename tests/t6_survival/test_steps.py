@@ -19,6 +19,7 @@ from harness.host import Host, Mount, MountFailed
 from harness.waiting import wait_until
 from t2_linux.puppet import Puppet
 from t6_guard import test_lockd_steps
+from t6_survival import test_vault
 from t6_survival.successors import PATIENCE, kill, restarts, wait_for_restart
 from t6_survival.test_handover_steps import AFTER_HOLDS, BEFORE_CONNECTION, BEFORE_HOLDS
 
@@ -224,7 +225,7 @@ def test_it_dies_while_it_mounts(
 def test_each_step_has_a_test_and_is_there() -> None:
     tested = {*IN_MOUNT, *AROUND_RECORDS, *IN_RESUME, *(step for operation in OPERATIONS for step in operation.steps)}
     assert tested == set(steps.MOUNT_DAEMON)
-    tested |= {*test_lockd_steps.ACTS, *BEFORE_CONNECTION, *BEFORE_HOLDS, *AFTER_HOLDS}
+    tested |= {*test_lockd_steps.ACTS, *BEFORE_CONNECTION, *BEFORE_HOLDS, *AFTER_HOLDS, *test_vault.AT}
     assert tested == set(steps.STEPS)
     source = Path(lockfs.__file__).parent
     found = subprocess.run(["grep", "-rhoE", r"\bstep\(\"[^\"]+\"\)", source, "--include=*.py"], capture_output=True, text=True, check=True)

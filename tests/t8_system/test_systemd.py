@@ -32,6 +32,11 @@ def main_pid(systemd: Booted) -> int:
     return int(systemd.show(SERVICE, "MainPID"))
 
 
+def vaults(systemd: Booted) -> list[str]:
+    """Return the process ids of all vaults as they are in there."""
+    return systemd.run("pgrep", "-f", "lockfs[.]vault").stdout.split()
+
+
 def is_another(systemd: Booted, before: int) -> int:
     """Wait until another lockd serves; return its process id."""
 
@@ -75,16 +80,21 @@ def test_the_units(systemd: Booted) -> None:
         lockd = is_another(systemd, lockd)
         assert systemd.show(SERVICE, "NRestarts") == "2"
         is_kept("stopped, which the watchdog has seen")
+        (vault,) = vaults(systemd)
         daemon = systemd.show(MOUNT, "ControlGroup")
         (pid,) = systemd.run("cat", f"/sys/fs/cgroup{daemon}/cgroup.procs").stdout.split()
         systemd.run("kill", "-KILL", pid)
         is_kept("with another mount daemon")
         group = f"/sys/fs/cgroup{systemd.show(SERVICE, 'ControlGroup')}/cgroup.procs"
-        (successor,) = {*systemd.run("cat", group).stdout.split()} - {str(lockd)}
+        (successor,) = {*systemd.run("cat", group).stdout.split()} - {str(lockd), *vaults(systemd)}
         systemd.systemctl("restart", SERVICE)
         lockd = is_another(systemd, lockd)
         assert successor in systemd.run("cat", group).stdout.split()
         is_kept("restarted, but not the mount daemon that it had started")
+        systemd.run("kill", "-KILL", successor, str(lockd))
+        is_kept("both killed")
+        lockd = is_another(systemd, lockd)
+        assert vaults(systemd) == [vault]
         systemd.systemctl("stop", SERVICE)
         is_kept("stopped")
         assert main_pid(systemd) not in (0, lockd)
