@@ -127,15 +127,9 @@ class _Series(Generic[T]):
         self._expect(course.action)
 
     def _expect(self, action: Action | Call) -> bool:
-        """Take the next I/O or call; return False if it is not one for this lane."""
-        match action:
-            case Call():
-                here = True  # if only as a guest
-            case Read() | Write():
-                here = self._course.areas[action.area].lane is self._lane
-            case _:
-                here = False
-        if not here or not isinstance(action, Read | Write | Call):
+        """Take the next I/O or call; return False if it is none for this lane.  A call is, if only as a guest."""
+        elsewhere = isinstance(action, Read | Write) and self._course.areas[action.area].lane is not self._lane
+        if elsewhere or isinstance(action, Settle | Sleep):
             self._action = None
             return False
         self._action, self._until = action, time.monotonic() + action.timeout

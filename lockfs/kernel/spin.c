@@ -20,7 +20,8 @@
 #define AT_ONCE 3000     /* who waits no longer did not sleep */
 #define TAKEN_AWAY 50000 /* between two looks: somebody else had the processor */
 #define PATIENCE 16
-#define PAUSE 2000
+#define PAUSE 2000 /* requests */
+#define SHORT_PAUSE 100
 
 /* Guarded by `taken`; who does not get it does without. */
 static struct {
@@ -58,8 +59,10 @@ static bool look(int device, int64_t begin)
             return true;
         }
         time = now();
-        if (time - last > TAKEN_AWAY)
+        if (time - last > TAKEN_AWAY) {
             spin.window = 0;
+            spin.pause = SHORT_PAUSE;
+        }
     }
     return false;
 }

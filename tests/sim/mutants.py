@@ -103,7 +103,7 @@ MUTANTS = {
         "a ballot that settles somebody else's value counts as won",
     ),
     "erase-proposal": Mutant(
-        ballot.Ballot.phase1, "if earlier.lver == self.lver and earlier.bal and earlier.inp:", "if False:", 1062,
+        ballot.Ballot.phase1, "if earlier.lver == self.lver and earlier.bal and earlier.inp:", "if False:", 3197,
         "a ballot that is begun again erases what the host proposed before, as sanlock does",
     ),
     "choose-own-wish": Mutant(

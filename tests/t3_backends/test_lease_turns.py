@@ -185,8 +185,6 @@ async def test_a_name_that_was_only_supposed_does_not_make_forget_what_is_to_be_
 async def test_a_source_that_hangs_keeps_no_lease_from_being_given_back(
     host: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(naming, "FILE_TIMEOUT", SOON)
-    monkeypatch.setattr(people, "TIMEOUT", SOON)
     async with host("host-a") as (a, _), host("host-b") as (b, _):
         backend, go = paxos(a), threading.Event()
         grants = [await a.acquire(name=f"image-{number}") for number in range(12)]
@@ -199,33 +197,37 @@ async def test_a_source_that_hangs_keeps_no_lease_from_being_given_back(
                 await a.acquire(name=f"another-{number}")
             refused.append(str(caught.value))
 
-        async with trio.open_nursery() as nursery:
-            for number in range(40):
-                nursery.start_soon(in_vain, number)
-        assert len(refused) == 40
-        async with trio.open_nursery() as nursery:
-            for grant in grants:
-                nursery.start_soon(a.release, grant)
-        area = await backend._place.lease("any")
-        assert area.lane.busy <= naming.THREADS + people.THREADS
-        assert (backend._naming._lane.busy, backend._people._lane.busy) == (naming.THREADS, people.THREADS)
+        with monkeypatch.context() as patched:
+            patched.setattr(naming, "FILE_TIMEOUT", SOON)
+            patched.setattr(people, "TIMEOUT", SOON)
+            async with trio.open_nursery() as nursery:
+                for number in range(40):
+                    nursery.start_soon(in_vain, number)
+            assert len(refused) == 40
+            async with trio.open_nursery() as nursery:
+                for grant in grants:
+                    nursery.start_soon(a.release, grant)
+        lanes = [(await backend._place.lease("any")).lane, backend._naming._lane, backend._people._lane]
+        most = naming.THREADS + people.THREADS, naming.THREADS, people.THREADS
+        assert all(0 < lane.busy <= limit for lane, limit in zip(lanes, most, strict=True))
         for number in range(len(grants)):
             await b.release(await b.acquire(name=f"image-{number}"))
         assert backend._in_use.all() == []
         go.set()
-        await until(lambda: not area.lane.busy and not backend._naming._lane.busy and not backend._people._lane.busy)
+        await until(lambda: not any(lane.busy for lane in lanes))
 
 
 async def test_an_open_that_is_late_leaves_no_file_open(
     host: Open, storage: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lockfs_paxos_lease.taking.FILE_TIMEOUT", SOON)
     async with host("host-a") as (a, trouble):
         image = a.image()
         files = len(os.listdir("/proc/self/fd"))
         trouble.hangs = lambda what, path: what == "open" and path.endswith(".lease")
-        with pytest.raises(LockUnavailable, match=r"cannot open .*\.lease: no answer within"):
-            await a.backend.acquire(image, Mode.EXCLUSIVE, a.holder(Mode.EXCLUSIVE))
+        with monkeypatch.context() as patched:
+            patched.setattr("lockfs_paxos_lease.taking.FILE_TIMEOUT", SOON)
+            with pytest.raises(LockUnavailable, match=r"cannot open .*\.lease: no answer within"):
+                await a.backend.acquire(image, Mode.EXCLUSIVE, a.holder(Mode.EXCLUSIVE))
         assert paxos(a)._in_use.all() == []
         trouble.heal()
         await until(lambda: not trouble.waiting)
@@ -265,7 +267,7 @@ async def test_the_card_is_gone_before_the_lease_is_free(host: Open, storage: Pa
 async def test_a_card_that_hangs_keeps_nobody_and_is_none_when_it_comes_late(
     host: Open, storage: Path, monkeypatch: pytest.MonkeyPatch, cancelled: bool
 ) -> None:
-    monkeypatch.setattr(people, "TIMEOUT", LATER if cancelled else SOON)
+    monkeypatch.setattr(people, "TIMEOUT", LATER if cancelled else SOON)  # of no consequence where nothing hangs
     async with host("host-a") as (a, _), host("host-b") as (b, _):
         cards = paxos(a)._people._cards
         real, writes, go, written = cards.write, threading.Event(), threading.Event(), threading.Event()

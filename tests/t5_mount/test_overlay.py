@@ -330,7 +330,11 @@ def test_a_full_disk_is_the_callers_error_and_leaves_no_lock(host: Host, storage
         wait_until(lambda: not host.processes())  # lockd lets go of the storage, too
 
 
-def test_a_frozen_storage_holds_up_only_who_changes_something(host: Host, storage: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("module", ["on", "off"])
+def test_a_frozen_storage_holds_up_only_who_changes_something(
+    make_host: Callable[..., Host], storage: Path, tmp_path: Path, module: str
+) -> None:
+    host = make_host("host-a", **({"LOCKFS_KERNEL": "off"} if module == "off" else {}))
     with filesystem(storage, tmp_path / "disk", "ext4", 64):
         mount = host.mount(storage, tmp_path / "mnt", "data=gated")
         with Actor() as writer, Actor() as toucher, Actor() as other:

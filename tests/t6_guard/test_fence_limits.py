@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from harness import mounts, processes
-from harness.host import Host, Mount, without_kernel_module
+from harness.host import Host, Mount
 from harness.logs import Expected
 from harness.waiting import wait_until
 from t2_linux.puppet import Puppet
@@ -267,8 +267,6 @@ def test_a_storage_that_hangs_holds_up_no_fence(
 
 def test_a_write_that_hangs_holds_up_nobody_else(disk: Disk, host: Host, storage: Path, tmp_path: Path) -> None:
     """Requests that come one by one have one thread; another has to step in when that is stuck."""
-    if without_kernel_module():
-        pytest.skip("without the kernel module a write to a filesystem that is frozen stops the mount daemon")
     (storage / "image").write_bytes(bytes(SIZE))
     mount = host.mount(storage, tmp_path / "mnt", "data=gated")
     with puppet(mount / "image") as writer, puppet(mount / "image") as reader:

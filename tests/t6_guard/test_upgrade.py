@@ -56,6 +56,7 @@ def children(pid: int) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout
 
 
+@pytest.mark.usefixtures("succession")
 def test_to_another_version_and_back_under_load(
     mount: Mount, host: Host, host_b: Host, storage: Path, tmp_path: Path, next_version: Path
 ) -> None:

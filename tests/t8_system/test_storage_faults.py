@@ -116,7 +116,7 @@ async def test_who_cannot_reach_the_storage_is_fenced_before_others_have_what_it
     for pattern in ("could not be renewed", "is to be fenced", "lost the lock o[nf]", "fenced .*: its handles fail"):
         expect_log(pattern)
     expect_log("is slow|cannot join|has not answered|not be given back|could not give back|lockd is gone|unlock|cannot "
-               "note|cannot look|still joining|lockd stops while|lockd is not running|daemon of .* does not|was killed|looking|storage of", optional=True)  # fmt: skip
+               "note|cannot look|still joining|lockd stops while|lockd is not running|daemon of .* does not|was killed|looking|storage of|may not be on the storage", optional=True)  # fmt: skip
     device, resets = stand_in
     watched = make_host("host-w", **device.variables)
     host = make_host("host-a")
