@@ -9,6 +9,7 @@ import signal
 import socket
 import struct
 import time
+from collections.abc import Sequence
 
 import lockfs
 from lockfs.steps import step
@@ -95,15 +96,29 @@ class Daemon:
     def _serve(self, sock: socket.socket) -> None:
         try:
             message, fds = wire.receive(sock)
-            if not message:
-                self._hang_up()
-                return
-            self._heard, self._doubted = time.monotonic(), 0.0
-            for item, own in wire.deal(wire.decode(message), fds):
+        except ConnectionResetError:
+            return  # it has died with an answer unread; what it had said before is still to be heard
+        except OSError as error:
+            self._report(f"lockd cannot be heard: {error}")
+            self._hang_up()
+            return
+        if not message:
+            self._hang_up()
+            return
+        self._heard, self._doubted = time.monotonic(), 0.0
+        try:
+            dealt = list(wire.deal(wire.decode(message), fds))
+        except ValueError as error:
+            for fd in fds:
+                os.close(fd)
+            self._report(f"lockd said what cannot be understood: {error}")
+            self._hang_up()
+            return
+        try:
+            for item, own in dealt:
                 self._obey(sock, item, own)
         except (OSError, ValueError) as error:
-            if not isinstance(error, ConnectionError):
-                self._report(f"lockd said what cannot be understood, or cannot be answered: {error}")
+            self._report(f"lockd said what cannot be done, or cannot be answered: {error}")
             self._hang_up()
 
     def _obey(self, sock: socket.socket, item: Item, fds: list[int]) -> None:
@@ -116,17 +131,24 @@ class Daemon:
         elif item.word == wire.TAKE:
             step("vault.before-answer")
             for message, kept in self._store.messages():
-                wire.send(sock, message, kept)
-            wire.send(sock, wire.encode([Item(wire.ALL, 0, lockfs.__version__)]), [])
+                self._answer(sock, message, kept)
+            self._answer(sock, wire.encode([Item(wire.ALL, 0, lockfs.__version__)]))
             step("vault.after-answer")
         elif item.word == wire.START:
             self._starter.recipe = Recipe(**json.loads(item.what))
         elif item.word == wire.ALIVE:
-            wire.send(sock, wire.encode([item]), [])
+            self._answer(sock, wire.encode([item]))
         elif item.word == wire.END:
             self._over = True
         else:
             raise ValueError(f"there is no '{item.word}'")
+
+    def _answer(self, sock: socket.socket, message: bytes, fds: Sequence[int] = ()) -> None:
+        """Send an answer; to one that has died none, since what else it had said is still to be heard."""
+        try:
+            wire.send(sock, message, fds)
+        except ConnectionError:
+            pass
 
     def _hang_up(self) -> None:
         if self._lockd is not None:

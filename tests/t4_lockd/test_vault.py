@@ -18,6 +18,7 @@ from harness.waiting import wait_until
 
 import lockfs
 from lockfs.lockd.vault import Vault
+from lockfs.protocol import start
 from lockfs.protocol.wire import close_all
 from lockfs.vault import wire
 from lockfs.vault.wire import Item
@@ -98,6 +99,34 @@ async def test_one_that_is_slow_gets_all_in_its_order(run_dir: Path, fd: int) ->
         await vault.flushed()
     async with lockd(run_dir) as vault:
         assert set(vault.inherited) == {wire.lock_key(1, number) for number in range(0, MANY, 2)}
+        await vault.end()
+
+
+@pytest.mark.parametrize("answered", [True, False], ids=["an answer unread", "an answer to come"])
+async def test_the_last_words_of_one_that_dies_are_heard(run_dir: Path, fd: int, answered: bool) -> None:
+    """A socket that is closed with something unread in it makes the other side get an error before what was sent."""
+    async with lockd(run_dir) as vault:
+        vault.put(wire.mount_key("a"), [fd])
+        await vault.flushed()
+    pid = of(run_dir)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC) as sock:
+        sock.settimeout(10)
+        with start.short_path(str(run_dir), wire.SOCKET) as address:
+            sock.connect(address)
+        alive = wire.encode([Item(wire.ALIVE)])
+        wire.send(sock, alive, [])
+        sock.recvmsg(100)
+        if answered:
+            wire.send(sock, alive, [])
+            assert await trio.to_thread.run_sync(sock.recv, 1, socket.MSG_PEEK)
+        os.kill(pid, signal.SIGSTOP)
+        if not answered:
+            wire.send(sock, alive, [])
+        wire.send(sock, wire.encode([Item(wire.PUT, 1, wire.lock_key(1, 1))]), [fd])
+    os.kill(pid, signal.SIGCONT)
+    async with lockd(run_dir) as vault:
+        assert set(vault.inherited) == {wire.mount_key("a"), wire.lock_key(1, 1)}
+        assert of(run_dir) == pid
         await vault.end()
 
 
