@@ -194,7 +194,7 @@ class Times:
         self.release.append(release)
 
 
-async def alternate(top: Path, cycles: int) -> None:
+async def alternate(top: Path, runs: Path, cycles: int) -> None:
     """Print the table of times."""
     source, other = top / "same", top / "other"
     source.mkdir()
@@ -204,8 +204,8 @@ async def alternate(top: Path, cycles: int) -> None:
         "| hosts registered | | sanlock | lockfs, same lease | ratio | lockfs, takeover=16 | ratio |\n"
         "|---:|---|---:|---:|---:|---:|---:|"
     )
-    with sanlock(top):
-        async with lockd(top / "ours", source, SANLOCK) as ours, lockd(top / "plain", other, {}) as plain:
+    with sanlock(runs):
+        async with lockd(runs / "ours", source, SANLOCK) as ours, lockd(runs / "plain", other, {}) as plain:
             fd, plain_fd = await ours.acquire("img"), await plain.acquire("img")
             await ours.release(fd)
             await plain.release(plain_fd)
@@ -305,13 +305,13 @@ async def joining(top: Path) -> None:
     print(f"\nWith the default, takeover=16, a host joined in {statistics.median(times):.2f} s.")
 
 
-async def memory(top: Path, held: int) -> None:
+async def memory(top: Path, runs: Path, held: int) -> None:
     """Print what a lease that is held needs."""
     source = top / "kept"
     source.mkdir()
     leases = source / ".lockfs" / "leases"
-    with sanlock(top / "memory") as daemon:
-        async with lockd(top / "keeps", source, SANLOCK) as ours:
+    with sanlock(runs / "memory") as daemon:
+        async with lockd(runs / "keeps", source, SANLOCK) as ours:
             for number in range(WARM):
                 fd = await ours.acquire(f"warm-{number}")
                 await ours.release(fd)
@@ -337,13 +337,13 @@ async def memory(top: Path, held: int) -> None:
     print(f"| its file | {size / 1024:,.0f} KiB | the same |")
 
 
-async def run(top: Path, quick: bool) -> None:
+async def run(top: Path, runs: Path, quick: bool) -> None:
     """Measure all."""
-    await alternate(top, 60 if quick else 300)
+    await alternate(top, runs, 60 if quick else 300)
     await renewals(top, 50 if quick else 500)
     await joining(top)
-    (top / "memory").mkdir()
-    await memory(top, 50 if quick else 200)
+    (runs / "memory").mkdir()
+    await memory(top, runs, 50 if quick else 200)
 
 
 def main() -> None:
@@ -357,12 +357,15 @@ def main() -> None:
         parser.exit(2, "tests/bench/run leases: sanlock's Python binding is missing: apt-get install python3-sanlock\n")
     raise_descriptor_limit()
     top = Path(tempfile.mkdtemp(prefix="lockfs-bench.", dir=arguments.directory))
+    # The run directories of both are on tmpfs, as /run is.
+    runs = Path(tempfile.mkdtemp(prefix="lockfs-bench.", dir="/dev/shm"))
     os.environ["SANLOCK_PRIVILEGED"] = "0"
     try:
         print("Leases, with both daemons on one lease of one file in turn (medians):\n")
-        trio.run(run, top, arguments.quick)
+        trio.run(run, top, runs, arguments.quick)
     finally:
         shutil.rmtree(top)
+        shutil.rmtree(runs)
 
 
 if __name__ == "__main__":
