@@ -24,6 +24,7 @@ MOUNT_DAEMON = (
     "effect.after",
     "nameless.before",
     "nameless.after",
+    "nameless.before-forgotten",
     "open.before-journal",
     "open.after-journal",
     "close.before-journal",

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import os
 import stat as st
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import trio
@@ -109,6 +109,17 @@ class Nameless:
             await self._session.dispose([number])
         except LockfsError as error:
             log.info("lockd could not be told that a file is closed: %s", error)
+
+    async def sift(self, is_known: Callable[[int], bool]) -> None:
+        """Let go of those that the kernel has forgotten without this being noted: FORGET has no answer, so it is lost
+        with a daemon that has just read it.
+
+        *is_known* asks the kernel about a node id, and may wait for it.  To be called when what the kernel has sent
+        again has been dealt with.
+        """
+        for number, node in list(self._kept.items()):
+            if not self._handles.are_open(node) and not await trio.to_thread.run_sync(is_known, number):
+                self._nodes.forget(number, node.lookups)
 
     def descriptors(self) -> dict[int, int]:
         """Return a descriptor for each that lockd is to keep, by node id; they are the caller's to close."""

@@ -26,6 +26,7 @@ from lockfs.fs.journal.file import Journal
 from lockfs.fs.journal.state import State
 from lockfs.fs.source import Found, Key
 from lockfs.linux import handle
+from lockfs.steps import step
 
 ROOT = 1
 """FUSE_ROOT_ID."""
@@ -176,6 +177,8 @@ class NodeTable:
         node = self._by_id.get(number)
         if node is None or node is self.root:
             return
+        if node.pinned:
+            step("nameless.before-forgotten")
         node.lookups -= lookups
         if node.lookups > 0:
             self._journal.looked(number, -lookups)

@@ -37,6 +37,8 @@ from lockfs.steps import step
 log = logging.getLogger("lockfs.fs")
 
 REOPENED_AT_ONCE = 64
+SETTLED = 1.0
+"""Seconds after which the requests that the kernel has sent again have been dealt with."""
 
 
 class _Opener:
@@ -123,6 +125,7 @@ async def _resume(
     step("resume.after-resend")
     log.info("took over %s, with %d open files", shown, len(operations.handles))
     nursery.start_soon(_reclaim, operations, session)
+    nursery.start_soon(_sift, operations, heir.fuse_fd)
     nursery.start_soon(survival.vital, operations, doubt.resolve, operations, session, heir.fuse_fd)
     nursery.start_soon(
         survival.vital, operations, lifetime.detach_when_unmounted, session, request.mountpoint, state.begin.dev
@@ -150,6 +153,12 @@ async def _reclaim(operations: Operations, session: LockdSession) -> None:
         await operations.guard.reclaim(lambda image: session.inheritance.reclaim(image))
     except LockfsError as error:
         log.warning("locks that were taken over depend on lockd alone: %s", error)
+
+
+async def _sift(operations: Operations, fuse_fd: int) -> None:
+    if operations.nameless is not None:
+        await trio.sleep(SETTLED)
+        await operations.nameless.sift(partial(device.notify_inval_inode, fuse_fd))
 
 
 def _claims(operations: Operations) -> list[Claimed]:

@@ -87,6 +87,8 @@ OPERATIONS = [
               (*IN_EFFECTS, *IN_NAMELESS), ("gated",)),
     Operation("rmdir of an open one", "os.mkdir(p); fd = os.open(p, os.O_RDONLY)", "os.rmdir(p)",
               "os.listdir(fd) == [] and stat.S_ISDIR(os.fstat(fd).st_mode) and os.close(fd) is None", (*IN_EFFECTS, *IN_NAMELESS)),
+    Operation("close of a nameless one", "make(p); fd = os.open(p, os.O_RDONLY); os.unlink(p)", "os.close(fd)", "is_gone(s)",
+              ("nameless.before-forgotten",), ("gated",), later=True),
     Operation("setxattr", "make(p)", "os.setxattr(p, 'user.x', b'1', os.XATTR_CREATE)", "os.getxattr(p, 'user.x') == b'1'"),
     Operation("removexattr", "make(p); os.setxattr(p, 'user.x', b'1')", "os.removexattr(p, 'user.x')", "os.listxattr(p) == []"),
     Operation("list", "os.mkdir(p); [make(f'{p}/{n:04}') for n in range(100)]", "found = os.listdir(p)", "sorted(found) == [f'{n:04}' for n in range(100)]", ()),
@@ -95,13 +97,27 @@ CASES = [
     (data, each) for data in DATA for each in OPERATIONS if data in each.data and (ALL or data == "gated" or each.name in IN_BOTH)
 ]  # fmt: skip
 HELPERS = r"""
-import stat, subprocess
+import stat, subprocess, time
 def make(path):
     fd = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600); os.write(fd, b"content"); os.close(fd)
 def is_nameless(fd):
     there = os.pread(fd, 9, 0) == b"content" and os.fstat(fd).st_nlink == 0
     os.close(fd)
     return there
+def is_gone(path):
+    # Say that no daemon has it open any more, within some seconds.
+    end = f"/{os.path.basename(path)} (deleted)"
+    def has(pid):
+        try:
+            return any(os.readlink(f"/proc/{pid}/fd/{fd}").endswith(end) for fd in os.listdir(f"/proc/{pid}/fd"))
+        except OSError:
+            return False
+    until = time.monotonic() + 20
+    while any(has(pid) for pid in os.listdir("/proc") if pid.isdecimal()):
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.05)
+    return True
 def done(code):
     exec(code, globals())
 """
