@@ -254,7 +254,9 @@ class Reference(Machine):
             return True
         (_, there, timestamp), first, _, live, timeout = self.seen[host]
         del first
-        return bool(timestamp) and there <= generation and self.clock() - live <= 8 * (timeout or self.T) + WATCHDOG
+        if there < generation:
+            return True  # sanlock judges it by the incarnation that it has seen: spared, see FOUND.md
+        return bool(timestamp) and there == generation and self.clock() - live <= 8 * (timeout or self.T) + WATCHDOG
 
 
 class _Lease:
@@ -338,12 +340,11 @@ class _Lease:
         yield self._own(0)
         area = yield Read(Area.LEASE, 0, SECTORS * SECTOR, host.T)
         best: tuple[int, ...] | None = None
-        for q, (block, _, shared, generation) in self._blocks(area, cur).items():
-            if block is None:
-                continue
-            if shared:
-                self.sharers[q] = generation
-            if block[5] < lver:
+        blocks = self._blocks(area, cur)
+        # sanlock notes sharers only up to the first higher ballot that it comes to: spared, see FOUND.md.
+        self.sharers |= {q: generation for q, (block, _, shared, generation) in blocks.items() if block is not None and shared}
+        for block, _, _, _ in blocks.values():
+            if block is None or block[5] < lver:
                 continue
             if block[5] > lver or block[0] > mbal:
                 return False
