@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from lockfs.linux import flocks
 from lockfs.steps import step
 
 FIRST_PAUSE, LAST_PAUSE = 0.03, 5.0
@@ -18,6 +19,8 @@ MANY = int(os.environ.get("LOCKFS_RESTARTS") or 10) or 10
 """Tries in a row after which the pause before the next is the longest one; before the second there is hardly any."""
 STEADY = 10.0
 """Seconds after which a lockd counts as one that stays alive."""
+STUCK = 3 * float(os.environ.get("LOCKFS_HANG") or 5) + 5
+"""Seconds for somebody else to start one: longer than a start may take.  Who needs more was stopped, and is killed."""
 PATIENCE = 15.0
 """Seconds for one to come up (`lockfs.protocol.start.START_TIMEOUT`)."""
 
@@ -45,6 +48,7 @@ class Starter:
         self._lock = self._ready = -1
         self._until = 0.0
         self._ended: list[int] = []
+        self._busy_since = 0.0
         self.tries = 0
         """How many in a row did not come up, or did not stay."""
 
@@ -105,13 +109,23 @@ class Starter:
             return True
         self._lock = _locked(os.path.join(recipe.run_dir, recipe.start_lock))
         if self._lock < 0:
+            self._end_stuck(recipe)
             return True
+        self._busy_since = 0.0
         seat = _locked(os.path.join(recipe.run_dir, recipe.lockd_lock))
         if seat < 0 or _listens(recipe.run_dir, recipe.socket):
             self._end_try()
         if seat >= 0:
             os.close(seat)
         return self._lock < 0
+
+    def _end_stuck(self, recipe: Recipe) -> None:
+        """Kill who has been starting one for too long: while one that was stopped has the lock nobody else can."""
+        now = time.monotonic()
+        self._busy_since = self._busy_since or now
+        if now > self._busy_since + STUCK:
+            self._busy_since = now
+            flocks.end_holder(os.path.join(recipe.run_dir, recipe.start_lock))
 
     def _start(self, recipe: Recipe) -> None:
         self._ready, ready_w = os.pipe()

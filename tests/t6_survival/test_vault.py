@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from t2_linux.puppet import Puppet
 from t6_survival.successors import PATIENCE, told, wait_for_restart
 
 from lockfs import steps
+from lockfs.protocol import start
 
 AT = (*steps.REVIVAL, *steps.VAULT)
 USE = """
@@ -160,6 +162,17 @@ def test_one_is_killed_and_the_other_stopped(scene: Scene, stopped: str, expect_
     scene.kill(daemon, how=signal.SIGKILL if stopped == "lockd" else signal.SIGSTOP)
     assert scene.goes_on()
     assert not processes.running(lockd) and not processes.running(daemon)
+
+
+def test_who_is_stopped_while_it_starts_lockd_does_not_keep_others_from_it(scene: Scene) -> None:
+    code = "import fcntl, sys, time; f = open(sys.argv[1]); fcntl.flock(f, fcntl.LOCK_EX); print(flush=True); time.sleep(99)"
+    command = [sys.executable, "-S", "-E", "-c", code, scene.host.run_dir / start.START_LOCK]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as starter:
+        assert starter.stdout is not None and starter.stdout.readline() == "\n"
+        starter.send_signal(signal.SIGSTOP)
+        scene.kill(*scene.both())
+        assert scene.goes_on()
+        assert starter.wait(PATIENCE) == -signal.SIGKILL
 
 
 def test_what_is_closed_while_lockd_is_dead_is_free(scene: Scene) -> None:
