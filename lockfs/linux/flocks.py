@@ -8,6 +8,11 @@ import signal
 from lockfs.linux import procfs
 
 
+def holder(path: str) -> int:
+    """Return the process that has the flock on a file, 0 if there is none."""
+    return next(iter(_holders(path)), 0)
+
+
 def end_holder(path: str) -> int:
     """Kill who has the flock on a file; return its process id, 0 if there is none.  Raises OSError."""
     for pid in _holders(path):

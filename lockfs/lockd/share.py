@@ -94,8 +94,8 @@ class Mounted:
     is a `revival`; `restarts` counts them, `deaths` how often in a row one has died soon after it served.  `gone` says
     that the daemon has ended for good; a `keeper` then answers in its place while there may be somebody who can write.
     `fenced` has the node ids that were fenced.  `came_back` says that its daemon has registered it once more, with this
-    lockd, `handed_over` that it has said all that it holds, `whole` that
-    the vault knows all of it.  `nameless` is what `lockfs.lockd.nameless` keeps.
+    lockd, `handed_over` that it has said all that it holds, `whole` that the vault knows all of it.  `nameless` is what
+    `lockfs.lockd.nameless` keeps.
     """
 
     mount_id: str

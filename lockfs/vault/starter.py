@@ -48,13 +48,14 @@ class Starter:
         self._lock = self._ready = -1
         self._until = 0.0
         self._ended: list[int] = []
-        self._busy_since = 0.0
+        self._busy, self._busy_since = 0, 0.0
         self.tries = 0
         """How many in a row did not come up, or did not stay."""
 
     def serves(self) -> None:
         """One has connected."""
         self._served_since = time.monotonic()
+        self._busy = 0
         self._end_try()
 
     def gone(self) -> None:
@@ -111,7 +112,6 @@ class Starter:
         if self._lock < 0:
             self._end_stuck(recipe)
             return True
-        self._busy_since = 0.0
         seat = _locked(os.path.join(recipe.run_dir, recipe.lockd_lock))
         if seat < 0 or _listens(recipe.run_dir, recipe.socket):
             self._end_try()
@@ -121,11 +121,11 @@ class Starter:
 
     def _end_stuck(self, recipe: Recipe) -> None:
         """Kill who has been starting one for too long: while one that was stopped has the lock nobody else can."""
-        now = time.monotonic()
-        self._busy_since = self._busy_since or now
-        if now > self._busy_since + STUCK:
-            self._busy_since = now
-            flocks.end_holder(os.path.join(recipe.run_dir, recipe.start_lock))
+        path, now = os.path.join(recipe.run_dir, recipe.start_lock), time.monotonic()
+        if (busy := flocks.holder(path)) != self._busy:
+            self._busy, self._busy_since = busy, now
+        elif busy and now > self._busy_since + STUCK:
+            flocks.end_holder(path)
 
     def _start(self, recipe: Recipe) -> None:
         self._ready, ready_w = os.pipe()

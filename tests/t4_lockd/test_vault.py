@@ -6,6 +6,9 @@ import os
 import signal
 import socket
 import stat
+import subprocess
+import sys
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -20,9 +23,10 @@ import lockfs
 from lockfs.lockd.vault import Vault
 from lockfs.protocol import start
 from lockfs.protocol.wire import close_all
-from lockfs.vault import wire
+from lockfs.vault import starter, wire
 from lockfs.vault.wire import Item
 
+HOLDER = [sys.executable, "-S", "-E", "-c", "import fcntl, sys, time; f = open(sys.argv[1]); fcntl.flock(f, 2); print(flush=True); time.sleep(60)"]
 MANY = 3000
 """More than the buffer of a socket holds."""
 
@@ -160,6 +164,32 @@ async def test_one_of_another_version_is_replaced(run_dir: Path, fd: int, monkey
         vault.forget("a")
         assert vault.inherited == {}
         await vault.end()
+
+
+def test_who_starts_lockd_is_ended_only_if_that_takes_too_long_at_a_stretch(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(starter, "STUCK", 0.3)
+    mine = starter.Starter()
+    mine.recipe = starter.Recipe(["/bin/true"], {}, str(run_dir), start.SOCKET, start.START_LOCK, start.LOCKD_LOCK)
+
+    def look_for(seconds: float) -> None:
+        until = time.monotonic() + seconds
+        while time.monotonic() < until and other.poll() is None:
+            mine.look()
+            time.sleep(0.01)
+
+    (run_dir / start.START_LOCK).touch()
+    with subprocess.Popen([*HOLDER, run_dir / start.START_LOCK], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None and other.stdout.readline() == "\n"
+        for _ in range(3):
+            look_for(0.2)
+            mine.serves()  # the one that it has started
+            mine.gone()
+        assert other.poll() is None
+        look_for(10)
+        assert other.wait(10) == -signal.SIGKILL
+    assert mine.tries == 0
 
 
 async def test_one_without_mounts_leaves_soon_after_lockd(run_dir: Path, fd: int) -> None:
